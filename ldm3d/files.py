@@ -1,0 +1,78 @@
+"""Files that are either whole or not there: atomic writes, and digests of what was written."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ldm3d.errors import OutputError
+
+
+@contextmanager
+def atomic_path(target: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `target`; on success flush it to disk and rename it to `target`.
+
+    The temporary name ends with the target's own name, so that writers which look at the suffix
+    (`.nii.gz`, `.png`) see the right one. If the block raises, the temporary file is removed and an
+    existing `target` stays as it was.
+
+    Raises:
+        OutputError: the folder cannot be written to, or the disk is full.
+    """
+    target = Path(target)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=f"-{target.name}", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically. Raises `OutputError` as `atomic_path` does."""
+    with atomic_path(target) as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def require_writable(folder: str | Path) -> None:
+    """Make `folder` and try a file in it, so that a run fails before its work, not after it.
+
+    Raises:
+        OutputError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written to: {error.strerror or error}") from error
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
