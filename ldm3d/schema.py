@@ -1,0 +1,376 @@
+"""The configuration: every key, its type, default, unit and meaning, and which values go together.
+
+Files are read by `ldm3d.config`; here is only what a valid configuration is. Key names follow the
+MONAI tutorial `generation/3d_ldm`. The networks' keys are their MONAI constructor arguments.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Size = tuple[Positive, Positive, Positive]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """Frozen, without unknown keys, without silent conversions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, populate_by_name=True
+    )
+
+
+class AutoencoderDef(Strict):
+    """Arguments of `monai.networks.nets.AutoencoderKL`, and `patchify`."""
+
+    spatial_dims: Literal[3] = 3
+    """Number of spatial dimensions."""
+    in_channels: Positive = 1
+    """Image channels going in."""
+    out_channels: Positive = 1
+    """Image channels coming out."""
+    latent_channels: Positive
+    """Channels of the latent."""
+    channels: tuple[Positive, ...] = Field(min_length=1)
+    """Feature channels of each level; each level after the first halves the grid."""
+    num_res_blocks: Positive | tuple[Positive, ...] = 2
+    """Residual blocks per level."""
+    attention_levels: tuple[bool, ...]
+    """Which levels have self-attention."""
+    norm_num_groups: Positive = 32
+    """Groups of the group normalisation; must divide every entry of `channels`."""
+    norm_eps: PositiveFloat = 1e-6
+    """Epsilon of the group normalisation."""
+    with_encoder_nonlocal_attn: bool = False
+    """Self-attention in the middle of the encoder."""
+    with_decoder_nonlocal_attn: bool = False
+    """Self-attention in the middle of the decoder."""
+    include_fc: bool = True
+    """Output projection of the attention blocks (MONAI's default)."""
+    use_combined_linear: bool = False
+    """One matrix for query, key and value."""
+    use_flash_attention: bool = False
+    """Scaled dot-product attention: the same result, 2 to 4 times faster, half the memory."""
+    patchify: Positive = 1
+    """Fold blocks of this many voxels a side into channels before the first convolution, unfold them after the last:
+    a cheap first level for small machines. 1 is MONAI's network unchanged."""
+
+    @property
+    def downsampling(self) -> int:
+        """Voxels a side of the image for each voxel of the latent."""
+        return self.patchify * 2 ** (len(self.channels) - 1)
+
+
+class DiscriminatorDef(Strict):
+    """Arguments of `monai.networks.nets.PatchDiscriminator`."""
+
+    channels: Positive = 32
+    """Feature channels of the first layer; doubled by each further one."""
+    num_layers_d: Positive = 3
+    """Number of strided layers."""
+    norm: Literal["INSTANCE", "BATCH"] = "INSTANCE"
+    """Normalisation; BATCH is synchronised over processes when `sync_bn` is true."""
+
+
+class DiffusionDef(Strict):
+    """Arguments of `monai.networks.nets.DiffusionModelUNet`."""
+
+    spatial_dims: Literal[3] = 3
+    """Number of spatial dimensions."""
+    in_channels: Positive
+    """Channels of the latent."""
+    out_channels: Positive
+    """Channels of the latent."""
+    channels: tuple[Positive, ...] = Field(min_length=1)
+    """Feature channels of each level; each level after the first halves the grid."""
+    num_res_blocks: Positive | tuple[Positive, ...] = 2
+    """Residual blocks per level."""
+    attention_levels: tuple[bool, ...]
+    """Which levels have self-attention."""
+    num_head_channels: NotNegative | tuple[NotNegative, ...] = 8
+    """Channels of each attention head, for all levels or for each."""
+    norm_num_groups: Positive = 32
+    """Groups of the group normalisation; must divide every entry of `channels`."""
+    norm_eps: PositiveFloat = 1e-6
+    """Epsilon of the group normalisation."""
+    resblock_updown: bool = False
+    """Residual blocks instead of convolutions for changing the grid."""
+    include_fc: bool = True
+    """Output projection of the attention blocks (MONAI's default)."""
+    use_combined_linear: bool = False
+    """One matrix for query, key and value."""
+    use_flash_attention: bool = True
+    """Scaled dot-product attention: the same result, 2 to 4 times faster, half the memory."""
+    dropout_cattn: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout in the attention blocks."""
+
+    @property
+    def downsampling(self) -> int:
+        """Voxels a side of the latent for each voxel of the coarsest level."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def head_channels(self) -> tuple[int, ...]:
+        """`num_head_channels` for each level."""
+        heads = self.num_head_channels
+        return heads if isinstance(heads, tuple) else (heads,) * len(self.channels)
+
+
+class Optimization(Strict):
+    """What both stages' trainings have in common."""
+
+    batch_size: Positive
+    """Volumes of one step on each process."""
+    patch_size: Size
+    """Voxels a side of what one volume contributes (random crop in stage 1, centre crop in stage 2)."""
+    lr: PositiveFloat
+    """Highest learning rate of AdamW."""
+    max_epochs: Positive
+    """Passes through the training set."""
+    val_interval: Positive = 1
+    """Epochs between validations; the last epoch is always validated."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: stay at `lr`, or fall to zero along a half cosine."""
+    warm_up_steps: NotNegative = 0
+    """Steps over which the learning rate rises linearly from zero to `lr`."""
+    weight_decay: Weight = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm where they exceed it."""
+    flip: bool = False
+    """Mirror left and right at random: doubles the data where the side does not matter."""
+
+
+class AutoencoderTrain(Optimization):
+    """Stage 1."""
+
+    recon_loss: Literal["l1", "l2"] = "l1"
+    """Reconstruction term: mean absolute or mean squared difference."""
+    kl_weight: Weight = 1e-3
+    """Weight of the KL term, which is averaged over the latent's elements (so it does not depend on patch size)."""
+    perceptual_weight: Weight = 0.0
+    """Weight of the perceptual term; needs pretrained weights."""
+    perceptual_network: Literal["squeeze", "alex", "vgg", "radimagenet_resnet50", "medicalnet_resnet10_23datasets"] = (
+        "squeeze"
+    )
+    """MONAI's network for the perceptual term."""
+    perceptual_weights: Path | None = None
+    """Folder with that network's weights (a torch hub folder); without it they are downloaded."""
+    adv_weight: Weight = 0.01
+    """Weight of the adversarial term (least squares)."""
+    adv_warm_up_epochs: NotNegative = 5
+    """Epochs before the adversarial term sets in."""
+    val_patch_size: Size | None = None
+    """Centre crop for validation where memory forbids whole volumes; null validates whole volumes."""
+
+
+class DiffusionTrain(Optimization):
+    """Stage 2."""
+
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the running average of the weights that is validated and published; 0 publishes the weights as such."""
+    sample_interval: NotNegative = 0
+    """Epochs between generated volumes in TensorBoard; 0 generates none."""
+
+
+class DdpmSchedule(Strict):
+    """Diffusion with Gaussian noise added in steps (Ho et al. 2020, Denoising Diffusion Probabilistic Models)."""
+
+    type: Literal["ddpm"] = "ddpm"
+    """Kind of diffusion."""
+    num_train_timesteps: Positive = 1000
+    """Noise levels."""
+    schedule: Literal["linear_beta", "scaled_linear_beta", "sigmoid_beta", "cosine"] = "scaled_linear_beta"
+    """How beta grows between `beta_start` and `beta_end`."""
+    beta_start: Fraction = 0.0015
+    """Variance of the first step's noise."""
+    beta_end: Fraction = 0.0195
+    """Variance of the last step's noise."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """What the network predicts: the noise, or v of Salimans and Ho 2022."""
+
+
+class RFlowSchedule(Strict):
+    """Rectified flow: straight paths from noise to data (Liu et al. 2023, Flow Straight and Fast)."""
+
+    type: Literal["rflow"]
+    """Kind of diffusion."""
+    num_train_timesteps: Positive = 1000
+    """Scale of the timestep that the network is given."""
+    timesteps: Literal["uniform", "logit-normal"] = "logit-normal"
+    """Distribution of training timesteps (Esser et al. 2024, section 3.1)."""
+
+
+Schedule = DdpmSchedule | RFlowSchedule
+
+
+class DataConfig(Strict):
+    """Which volumes are read, and how they are prepared."""
+
+    layout: Literal["auto", "task01", "brats", "list"] = "auto"
+    """How files lie in `data_base_dir`: the Decathlon's Task01_BrainTumour, BraTS case folders, or a plain folder or
+    list of NIfTI files; `auto` looks."""
+    datalist: Path | None = None
+    """JSON or CSV list of files with optional columns modality, age, sex, label, split."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a damaged case does: stop before the first epoch, or be left out with a line that says why."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the cases that are held out for validation."""
+    split_seed: int = 0
+    """Another seed gives another split; the split depends on the cases' names alone."""
+    cache_dir: Path | None = None
+    """Where prepared volumes and latents are kept; by default `cache` beside `data_base_dir`'s content."""
+    num_workers: NotNegative = 2
+    """Processes that load batches; 0 loads in the training process."""
+
+
+class SamplingConfig(Strict):
+    """What inference.py does when no flag says otherwise."""
+
+    scheduler: Literal["ddpm", "ddim", "pndm", "rflow"] | None = None
+    """Sampler; by default rflow for rectified flow, ddim for ddpm."""
+    steps: Positive | None = None
+    """Network evaluations per volume; by default 30 for rflow, 50 for ddim and pndm, all for ddpm."""
+    batch_size: Positive = 1
+    """Volumes sampled at once; changes speed and memory, never the result."""
+
+
+class Config(Strict):
+    """A training configuration, the file behind `-c`."""
+
+    channel: Annotated[int, Field(ge=0, le=3)] = 0
+    """Contrast: 0 FLAIR, 1 T1, 2 T1 with contrast agent, 3 T2."""
+    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (1.1, 1.1, 1.1)
+    """Voxel size in mm to which volumes are resampled."""
+    spatial_dims: Literal[3] = 3
+    """Number of spatial dimensions."""
+    image_channels: Literal[1] = 1
+    """Channels of the image."""
+    latent_channels: Positive
+    """Channels of the latent."""
+    autoencoder_def: AutoencoderDef
+    """The autoencoder."""
+    discriminator_def: DiscriminatorDef = DiscriminatorDef()
+    """The discriminator of the adversarial term."""
+    autoencoder_train: AutoencoderTrain
+    """Stage 1."""
+    diffusion_def: DiffusionDef
+    """The diffusion network."""
+    diffusion_train: DiffusionTrain
+    """Stage 2."""
+    noise_schedule: Annotated[Schedule, Field(alias="NoiseScheduler", discriminator="type")] = DdpmSchedule()
+    """The diffusion's noise."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Stage 3."""
+    data: DataConfig = DataConfig()
+    """The data set."""
+    seed: NotNegative = 0
+    """Seed of everything random in training."""
+    amp: bool = True
+    """Mixed precision on a GPU: bfloat16 where the GPU has it, else float16. No effect on a CPU, where it is slower."""
+    compile: bool = False
+    """torch.compile on a GPU. No effect on a CPU, where it brings nothing."""
+    sync_bn: bool = False
+    """Synchronise batch normalisation over processes."""
+    use_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about 0.85 of the speed."""
+    ddp_backend: Literal["nccl", "gloo"] | None = None
+    """Communication between processes; by default nccl on GPUs, gloo on CPUs."""
+    ddp_timeout_seconds: PositiveFloat = 600.0
+    """How long a process waits for the others before the run fails."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        problems = [*_channel_problems(self), *_level_problems(self), *_size_problems(self)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, X, Y, Z) of the latent of one `diffusion_train.patch_size` volume."""
+        x, y, z = (n // self.autoencoder_def.downsampling for n in self.diffusion_train.patch_size)
+        return self.latent_channels, x, y, z
+
+
+def _channel_problems(cfg: Config) -> list[str]:
+    expected = {
+        "autoencoder_def.in_channels": (cfg.autoencoder_def.in_channels, "image_channels", cfg.image_channels),
+        "autoencoder_def.out_channels": (cfg.autoencoder_def.out_channels, "image_channels", cfg.image_channels),
+        "autoencoder_def.latent_channels": (
+            cfg.autoencoder_def.latent_channels,
+            "latent_channels",
+            cfg.latent_channels,
+        ),
+        "diffusion_def.in_channels": (cfg.diffusion_def.in_channels, "latent_channels", cfg.latent_channels),
+        "diffusion_def.out_channels": (cfg.diffusion_def.out_channels, "latent_channels", cfg.latent_channels),
+    }
+    return [
+        f"{key} is {value} but must equal {name}, which is {right}"
+        for key, (value, name, right) in expected.items()
+        if value != right
+    ]
+
+
+def _level_problems(cfg: Config) -> list[str]:
+    problems = []
+    for key, net in (("autoencoder_def", cfg.autoencoder_def), ("diffusion_def", cfg.diffusion_def)):
+        levels = len(net.channels)
+        if len(net.attention_levels) != levels:
+            problems.append(f"{key}.attention_levels needs {levels} entries, one for each of channels {net.channels}")
+        if isinstance(net.num_res_blocks, tuple) and len(net.num_res_blocks) != levels:
+            problems.append(f"{key}.num_res_blocks needs {levels} entries, one for each of channels {net.channels}")
+        if any(c % net.norm_num_groups for c in net.channels):
+            problems.append(f"{key}.norm_num_groups {net.norm_num_groups} must divide every one of {net.channels}")
+    return problems + _head_problems(cfg.diffusion_def)
+
+
+def _head_problems(net: DiffusionDef) -> list[str]:
+    if len(net.head_channels) != len(net.channels):
+        return [f"diffusion_def.num_head_channels needs {len(net.channels)} entries, one for each of {net.channels}"]
+    return [
+        f"diffusion_def.num_head_channels {heads} must divide the {channels} channels of level {level}"
+        for level, (attention, heads, channels) in enumerate(
+            zip(net.attention_levels, net.head_channels, net.channels, strict=False)
+        )
+        if attention and (heads == 0 or channels % heads)
+    ]
+
+
+def _size_problems(cfg: Config) -> list[str]:
+    stage1 = cfg.autoencoder_def.downsampling
+    stage2 = stage1 * cfg.diffusion_def.downsampling
+    wanted = {
+        "autoencoder_train.patch_size": (cfg.autoencoder_train.patch_size, stage1),
+        "autoencoder_train.val_patch_size": (cfg.autoencoder_train.val_patch_size or (stage1,) * 3, stage1),
+        "diffusion_train.patch_size": (cfg.diffusion_train.patch_size, stage2),
+    }
+    return [
+        f"{key} {list(size)} must be divisible by {factor} (nearest: {_nearest(size, factor)})"
+        for key, (size, factor) in wanted.items()
+        if any(n % factor for n in size)
+    ]
+
+
+def _nearest(size: Size, factor: int) -> list[int]:
+    return [max(factor, round(n / factor) * factor) for n in size]
+
+
+class Environment(Strict):
+    """Where a run reads and writes, the file behind `-e`. Relative paths start at the current folder."""
+
+    model_dir: Path
+    """Weights and training state."""
+    tfevent_path: Path
+    """TensorBoard's event files."""
+    output_dir: Path
+    """Generated volumes."""
+    data_base_dir: Path
+    """The data set."""
+    resume_ckpt: bool = False
+    """The same as `--resume`."""
