@@ -61,14 +61,7 @@ def read_volume(path: str | Path, channel: int | None = None) -> tuple[np.ndarra
     Raises:
         DataError: the file cannot be read, is damaged, is not NIfTI, has other dimensions, or lacks the channel.
     """
-    try:
-        image = nib.load(path, keep_file_open=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except _DAMAGE as error:
-        raise DataError(f"{path}: cannot be read as NIfTI: {_one_line(error)}") from error
-    if not isinstance(image, nib.Nifti1Pair):
-        raise DataError(f"{path}: is {type(image).__name__}, not NIfTI")
+    image = _opened(path)
     index = _channel_index(path, image, channel)
     affine = _checked_affine(path, image)
     try:
@@ -80,13 +73,37 @@ def read_volume(path: str | Path, channel: int | None = None) -> tuple[np.ndarra
     return np.array(nib.apply_orientation(volume, orientation), dtype=np.float32, order="C"), affine
 
 
-def _channel_index(path: str | Path, image: Any, channel: int | None) -> tuple[Any, ...]:
-    """What to index the file's array with to get the 3-D volume of `channel`."""
+def num_channels(path: str | Path) -> int:
+    """How many volumes a file holds: 1 for (X, Y, Z), C for (X, Y, Z, C). Only its header is read.
+
+    Raises:
+        DataError: as `read_volume`.
+    """
+    shape = _opened(path).shape
+    return shape[3] if len(shape) == 4 else 1
+
+
+def _opened(path: str | Path) -> Any:
+    """The image with its header read and its dimensions checked, its voxels not."""
+    try:
+        image = nib.load(path, keep_file_open=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except _DAMAGE as error:
+        raise DataError(f"{path}: cannot be read as NIfTI: {_one_line(error)}") from error
+    if not isinstance(image, nib.Nifti1Pair):
+        raise DataError(f"{path}: is {type(image).__name__}, not NIfTI")
     shape, dtype = image.shape, image.get_data_dtype()
     if len(shape) not in (3, 4) or 0 in shape:
         raise DataError(f"{path}: has shape {shape}; a volume (X, Y, Z) or channels (X, Y, Z, C) are needed")
     if not (np.issubdtype(dtype, np.integer) or np.issubdtype(dtype, np.floating)):
         raise DataError(f"{path}: holds {dtype} values; plain numbers are needed")
+    return image
+
+
+def _channel_index(path: str | Path, image: Any, channel: int | None) -> tuple[Any, ...]:
+    """What to index the file's array with to get the 3-D volume of `channel`."""
+    shape = image.shape
     channels = shape[3] if len(shape) == 4 else 1
     if channel is None and channels > 1:
         raise DataError(f"{path}: has {channels} channels; say which one, 0 to {channels - 1}")

@@ -1,6 +1,6 @@
 """The anatomy that every phantom is bent from: the ICBM152 2009 template, prepared once in a process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -54,22 +54,28 @@ def load_template(spacing: float) -> Template:
     Raises:
         DataError: nilearn is not installed, or ships other files than it did.
     """
+    fine = _fine_template()
+    # Blur as much as the mean over an output voxel does, beyond the template's own 1 mm.
+    sigma = np.sqrt(max(spacing**2 - 1.0, 0.0) / 12)
+    return replace(fine, maps=np.stack([ndimage.gaussian_filter(volume, sigma) for volume in fine.maps]))
+
+
+@lru_cache(maxsize=1)
+def _fine_template() -> Template:
     t1, grey, white = (_read(kind) for kind in ("t1", "gm", "wm"))
     brain = ndimage.binary_fill_holes(t1 > 0)
-    corner = np.argwhere(brain).min(0) - PADDING
-    box = tuple(slice(max(a, 0), b) for a, b in zip(corner, np.argwhere(brain).max(0) + 1 + PADDING, strict=True))
-    before = np.maximum(-corner, 0)
-    t1, grey, white, brain = (
-        np.pad(volume[box], [(n, 0) for n in before]) for volume in (t1, grey / 255, white / 255, brain)
-    )
-    fractions = np.stack([np.clip(1 - grey - white, 0, 1) * brain, grey * brain, white * brain])
+    places = np.argwhere(brain)
+    low, high = places.min(0), places.max(0) + 1
+    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    t1, grey, white, brain = (np.pad(volume[box], PADDING) for volume in (t1, grey / 255, white / 255, brain))
+    fractions = np.stack([np.clip(1 - grey - white, 0, 1), grey, white]) * brain
     detail = _unexplained(t1, fractions) * brain
     fractions = _sharpen(fractions) * brain
-    origin = MNI_ORIGIN - corner
+    origin = MNI_ORIGIN - low + PADDING
     depth = ndimage.distance_transform_edt(brain).astype(np.float32)
     ventricle = _ventricles(fractions[0], depth, origin)
     return Template(
-        maps=np.stack([_average(volume, spacing) for volume in (*fractions, ventricle * fractions[0], detail)]),
+        maps=np.stack([*fractions, ventricle * fractions[0], detail]).astype(np.float32),
         halo=np.clip(2.0 * ndimage.gaussian_filter(ventricle, 2.5), 0, 1),
         widening=_inwards(ventricle),
         depth=depth,
@@ -84,7 +90,7 @@ def _read(kind: str) -> np.ndarray:
         return np.asanyarray(nib.load(folder / FILE_NAME.format(kind)).dataobj).astype(np.float32)
     except (ModuleNotFoundError, OSError) as error:
         raise DataError(
-            f"the brain template of the embedded data set cannot be read ({error}); install it with: pip install nilearn"
+            f"the brain template of the embedded data set cannot be read ({error}); pip install nilearn brings it"
         ) from error
 
 
@@ -116,9 +122,3 @@ def _ventricles(csf: np.ndarray, depth: np.ndarray, origin: np.ndarray) -> np.nd
 def _inwards(ventricle: np.ndarray) -> np.ndarray:
     field = np.stack(np.gradient(ndimage.gaussian_filter(ventricle, 5.0)))
     return (field / np.sqrt((field**2).sum(0)).max()).astype(np.float32)
-
-
-def _average(volume: np.ndarray, spacing: float) -> np.ndarray:
-    """Blur as much as the mean over an output voxel does, beyond the template's own 1 mm."""
-    variance = max(spacing**2 - 1.0, 0.0) / 12
-    return ndimage.gaussian_filter(volume.astype(np.float32), np.sqrt(variance)) if variance else volume

@@ -1,0 +1,55 @@
+"""Training state for exact resume: everything that the next step depends on, in one file, written atomically."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm3d import distributed
+from ldm3d.console import log
+from ldm3d.errors import CheckpointError, WeightsError
+from ldm3d.files import atomic_path
+from ldm3d.weights import read_pickled
+
+State = dict[str, Any]
+
+
+def save_state(path: Path, state: State) -> None:
+    """Write `state` from rank 0; the previous file stays whole until the new one is.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written; the previous file is intact.
+    """
+    if distributed.is_main():
+        with atomic_path(path) as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # torch's archive writer reports a full disk so
+                raise OSError(str(error).splitlines()[0]) from error
+    distributed.barrier()
+
+
+def load_state(path: Path, fingerprint: State) -> State:
+    """Read what `save_state` wrote, for the very same training.
+
+    Args:
+        path: the state file.
+        fingerprint: what must not differ between the run that is resumed and this one.
+
+    Raises:
+        CheckpointError: there is nothing to resume from, it is damaged, or it is of another training.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no checkpoint to resume from; start without --resume")
+    try:
+        state = read_pickled(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(state, dict) or "fingerprint" not in state:
+        raise CheckpointError(f"{path}: is not a training state")
+    different = [key for key, value in fingerprint.items() if state["fingerprint"].get(key) != value]
+    if different:
+        shown = "; ".join(f"{key} was {state['fingerprint'].get(key)!r}, is {fingerprint[key]!r}" for key in different)
+        raise CheckpointError(f"{path}: belongs to another training: {shown}")
+    log(f"resuming from {path}: epoch {state['epoch']}, step {state['step']}")
+    return state

@@ -1,0 +1,186 @@
+"""Noise schedules: how a latent is noised in training, what the network is to predict, how it is sampled."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from torch import Tensor
+
+from ldm3d.errors import ConfigError
+from ldm3d.schema import DdpmSchedule, RFlowSchedule, Schedule
+
+SamplerName = Literal["ddpm", "ddim", "pndm", "rflow"]
+SAMPLERS: dict[str, tuple[SamplerName, ...]] = {"ddpm": ("ddim", "ddpm", "pndm"), "rflow": ("rflow",)}
+DEFAULT_STEPS: dict[str, int] = {"rflow": 30, "ddim": 50, "pndm": 50}
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+class RectifiedFlow:
+    """Straight paths between data and noise (Liu et al. 2023, Flow Straight and Fast, equation 1).
+
+    With time s in [0, 1] from data to noise, z_s = (1 - s) z_0 + s e, and the network predicts z_0 - e, MONAI's sign.
+    Timesteps given to the network are s * `num_train_timesteps`, continuous.
+    """
+
+    def __init__(self, schedule: RFlowSchedule):
+        self.scale = schedule.num_train_timesteps
+        self.logit_normal = schedule.timesteps == "logit-normal"
+
+    def draw_timesteps(self, count: int, device: torch.device) -> Tensor:
+        """Random training timesteps (count,) in (0, num_train_timesteps), from the global random state."""
+        if self.logit_normal:
+            return torch.randn(count, device=device).sigmoid() * self.scale
+        return torch.rand(count, device=device) * self.scale
+
+    def grid(self, count: int) -> Tensor:
+        """`count` evenly spaced timesteps for validation, float (count,)."""
+        return (torch.arange(count) + 0.5) / count * self.scale
+
+    def add_noise(self, latent: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noised latent (B, C, X, Y, Z) at `timesteps` (B,)."""
+        s = _per_sample(timesteps / self.scale, latent)
+        return (1 - s) * latent + s * noise
+
+    def target(self, latent: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should predict, of the latent's shape."""
+        return latent - noise
+
+
+class GaussianDiffusion:
+    """DDPM with epsilon or v prediction (Ho et al. 2020; Salimans and Ho 2022, section 4), by MONAI's scheduler."""
+
+    def __init__(self, schedule: DdpmSchedule):
+        self.schedule = schedule
+        self.scheduler = DDPMScheduler(**_arguments(schedule), clip_sample=False)
+
+    def draw_timesteps(self, count: int, device: torch.device) -> Tensor:
+        """Random training timesteps (count,) in 0 .. num_train_timesteps - 1, from the global random state."""
+        return torch.randint(0, self.schedule.num_train_timesteps, (count,), device=device)
+
+    def grid(self, count: int) -> Tensor:
+        """`count` evenly spaced timesteps for validation, integers (count,)."""
+        return ((torch.arange(count) + 0.5) / count * self.schedule.num_train_timesteps).long()
+
+    def add_noise(self, latent: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noised latent (B, C, X, Y, Z) at `timesteps` (B,)."""
+        return self.scheduler.add_noise(original_samples=latent, noise=noise, timesteps=timesteps)
+
+    def target(self, latent: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should predict, of the latent's shape."""
+        if self.schedule.prediction_type == "epsilon":
+            return noise
+        return self.scheduler.get_velocity(sample=latent, noise=noise, timesteps=timesteps)
+
+
+def build_diffusion(schedule: Schedule) -> RectifiedFlow | GaussianDiffusion:
+    """The training side of a schedule."""
+    return RectifiedFlow(schedule) if isinstance(schedule, RFlowSchedule) else GaussianDiffusion(schedule)
+
+
+def choose_sampler(schedule: Schedule, name: str | None, steps: int | None) -> tuple[SamplerName, int]:
+    """Sampler and number of steps that a trained schedule allows.
+
+    Raises:
+        ConfigError: the sampler does not fit the training, or the steps are out of range.
+    """
+    allowed = SAMPLERS[schedule.type]
+    chosen = name or allowed[0]
+    if chosen not in allowed:
+        raise ConfigError(f"scheduler {chosen!r}: weights trained with {schedule.type} are sampled with {_or(allowed)}")
+    most = schedule.num_train_timesteps
+    count = steps if steps is not None else min(DEFAULT_STEPS.get(chosen, most), most)
+    if not 1 <= count <= most:
+        raise ConfigError(f"steps {count}: must be between 1 and {most}")
+    if chosen == "ddpm" and count != most:
+        raise ConfigError(f"steps {count}: ddpm takes all {most} steps; fewer need ddim or pndm")
+    return chosen, count
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return " or ".join(names)
+
+
+def sample_latent(
+    denoise: Denoise,
+    noise: Tensor,
+    generators: list[torch.Generator],
+    schedule: Schedule,
+    sampler: SamplerName,
+    steps: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """Follow the schedule from noise to latent. Nothing is clipped: latents are not bounded by 1.
+
+    Args:
+        denoise: the network: latent (B, C, X, Y, Z) and timesteps (B,) -> prediction.
+        noise: standard normal (B, C, X, Y, Z).
+        generators: one for each sample, for samplers that add noise on the way; on the CPU.
+        schedule: what the network was trained with.
+        sampler: from `choose_sampler`.
+        steps: number of evaluations of the network.
+        on_step: called with the number of each finished step.
+
+    Returns:
+        Latent (B, C, X, Y, Z), still scaled.
+    """
+    if isinstance(schedule, RFlowSchedule):
+        return _sample_flow(denoise, noise, schedule, steps, on_step)
+    scheduler = _sampling_scheduler(schedule, sampler)
+    scheduler.set_timesteps(steps)
+    latent = noise
+    for number, timestep in enumerate(scheduler.timesteps):
+        prediction = denoise(latent, timestep.to(latent.device).expand(len(latent)))
+        latent = _scheduler_step(scheduler, prediction, int(timestep), latent, generators)
+        on_step(number + 1)
+    return latent
+
+
+def _sample_flow(
+    denoise: Denoise, noise: Tensor, schedule: RFlowSchedule, steps: int, on_step: Callable[[int], None]
+) -> Tensor:
+    """Euler steps of equal length from s = 1 to s = 0."""
+    latent = noise
+    for number in range(steps):
+        s = 1 - number / steps
+        timesteps = torch.full((len(latent),), s * schedule.num_train_timesteps, device=latent.device)
+        latent = latent + denoise(latent, timesteps) / steps
+        on_step(number + 1)
+    return latent
+
+
+def _sampling_scheduler(schedule: DdpmSchedule, sampler: SamplerName) -> Any:
+    arguments = _arguments(schedule)
+    if sampler == "ddpm":
+        return DDPMScheduler(**arguments, clip_sample=False)
+    if sampler == "ddim":
+        return DDIMScheduler(**arguments, clip_sample=False)
+    return PNDMScheduler(**arguments, skip_prk_steps=True)
+
+
+def _scheduler_step(
+    scheduler: Any, prediction: Tensor, timestep: int, latent: Tensor, generators: list[torch.Generator]
+) -> Tensor:
+    if not isinstance(scheduler, DDPMScheduler):
+        return scheduler.step(prediction, timestep, latent)[0]
+    # Each sample draws from its own generator, on the CPU, so that no neighbour and no device changes it.
+    rows = [
+        scheduler.step(p[None].cpu(), timestep, z[None].cpu(), generator)[0]
+        for p, z, generator in zip(prediction, latent, generators, strict=True)
+    ]
+    return torch.cat(rows).to(latent.device)
+
+
+def _arguments(schedule: DdpmSchedule) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "schedule": schedule.schedule,
+        "prediction_type": schedule.prediction_type,
+    }
+    if schedule.schedule != "cosine":
+        arguments |= {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+    return arguments
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (like.ndim - 1))

@@ -1,0 +1,106 @@
+"""The terms of the autoencoder's loss."""
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from monai.losses import PatchAdversarialLoss, PerceptualLoss
+from torch import Tensor, nn
+
+from ldm3d.console import log
+from ldm3d.schema import AutoencoderTrain
+
+
+def kl_divergence(mean: Tensor, sigma: Tensor) -> Tensor:
+    """KL divergence of N(mean, sigma^2) from N(0, 1), in nats, averaged over all elements of the latent.
+
+    Kingma and Welling 2014, appendix B, give it for one element. Because it is averaged, not summed as in the MONAI
+    tutorial, its weight means the same for every patch size and number of latent channels.
+
+    Args:
+        mean: (B, C, X, Y, Z).
+        sigma: standard deviation, of the same shape, positive.
+    """
+    mean, sigma = mean.float(), sigma.float()
+    variance = sigma.square()
+    # The smallest normal number keeps log finite where a half-precision sigma has underflowed to 0.
+    floor = torch.finfo(torch.float32).tiny
+    return 0.5 * (mean.square() + variance - variance.clamp_min(floor).log() - 1).mean()
+
+
+class AutoencoderLoss(nn.Module):
+    """Reconstruction + KL + perceptual + adversarial, each already weighted, by name.
+
+    Args:
+        train: weights and kinds of the terms.
+    """
+
+    def __init__(self, train: AutoencoderTrain):
+        super().__init__()
+        self.train_cfg = train
+        self.reconstruct = F.l1_loss if train.recon_loss == "l1" else F.mse_loss
+        self.perceptual = load_perceptual(train) if train.perceptual_weight else None
+        # MONAI applies a LeakyReLU before the squares unless told otherwise; least squares (Mao et al. 2017) has none.
+        self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
+
+    def generator(
+        self, image: Tensor, reconstruction: Tensor, mean: Tensor, sigma: Tensor, verdict: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Weighted terms for the autoencoder.
+
+        Args:
+            image: (B, 1, X, Y, Z) in [0, 1].
+            reconstruction: of the same shape.
+            mean: latent mean (B, C, X', Y', Z').
+            sigma: latent standard deviation.
+            verdict: the discriminator's last output on `reconstruction`; None during the warm-up.
+        """
+        train = self.train_cfg
+        terms = {
+            "reconstruction": self.reconstruct(reconstruction.float(), image.float()),
+            "kl": train.kl_weight * kl_divergence(mean, sigma),
+        }
+        if self.perceptual is not None:
+            terms["perceptual"] = train.perceptual_weight * self.perceptual(reconstruction.float(), image.float())
+        if verdict is not None:
+            adversarial = self.adversarial(verdict.float(), target_is_real=True, for_discriminator=False)
+            terms["adversarial"] = train.adv_weight * adversarial
+        return terms
+
+    def discriminator(self, verdict_fake: Tensor, verdict_real: Tensor) -> Tensor:
+        """Loss of the discriminator: mean of its squared errors on fakes (target 0) and reals (target 1)."""
+        fake = self.adversarial(verdict_fake.float(), target_is_real=False, for_discriminator=True)
+        real = self.adversarial(verdict_real.float(), target_is_real=True, for_discriminator=True)
+        return 0.5 * (fake + real)
+
+
+def load_perceptual(train: AutoencoderTrain) -> nn.Module | None:
+    """MONAI's perceptual network, frozen; None with a notice where its weights cannot be had."""
+    name = train.perceptual_network
+    is_3d = name.startswith("medicalnet_")
+    folder = train.perceptual_weights
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = PerceptualLoss(
+                spatial_dims=3,
+                network_type=name,
+                is_fake_3d=not is_3d,
+                channel_wise=is_3d,
+                cache_dir=str(_existing(folder)) if folder else None,
+            )
+    except Exception as error:  # torch.hub, lpips and torchvision each raise their own kinds
+        log(
+            f"notice: no perceptual loss: the weights of {name!r} cannot be loaded ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}). To use it, run once where there is "
+            "a network, or set autoencoder_train.perceptual_weights to a folder that holds them"
+        )
+        return None
+    return loss.eval().requires_grad_(False)
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    return folder

@@ -1,0 +1,117 @@
+"""Build the networks from their definitions, and fit them to the machine."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet, PatchDiscriminator
+from monai.networks.nets.autoencoderkl import AEKLResBlock
+from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm3d.schema import AutoencoderDef, DiffusionDef, DiscriminatorDef
+
+# A fresh posterior then has standard deviation 0.05 instead of 1, which would drown the signal for hundreds of steps.
+INITIAL_LOG_VARIANCE = -6.0
+
+
+class PatchAutoencoderKL(AutoencoderKL):
+    """`AutoencoderKL` on blocks of voxels: space to depth before it, depth to space behind it.
+
+    The first level then works on a grid `patchify` times coarser, at a `patchify`^3 lower cost for each channel
+    (the space-to-channel rearrangement of Chen et al. 2024, Deep Compression Autoencoder, section 3.1).
+
+    Args:
+        patchify: voxels a side of one block.
+        in_channels: channels of the image, (B, in_channels, X, Y, Z), X, Y, Z multiples of `patchify`.
+        out_channels: channels of the reconstruction.
+        arguments: those of `AutoencoderKL`.
+    """
+
+    def __init__(self, patchify: int, in_channels: int = 1, out_channels: int = 1, **arguments: Any):
+        block = patchify**3
+        super().__init__(in_channels=in_channels * block, out_channels=out_channels * block, **arguments)
+        self.patchify = patchify
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, sigma = super().encode(space_to_depth(x, self.patchify))
+        return mean, sigma
+
+    def decode(self, z: Tensor) -> Tensor:
+        return depth_to_space(super().decode(z), self.patchify)
+
+
+def space_to_depth(x: Tensor, block: int) -> Tensor:
+    """(B, C, X, Y, Z) -> (B, C * block^3, X / block, Y / block, Z / block)."""
+    batch, channels, *size = x.shape
+    i, j, k = (n // block for n in size)
+    folded = x.reshape(batch, channels, i, block, j, block, k, block).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return folded.reshape(batch, channels * block**3, i, j, k)
+
+
+def depth_to_space(x: Tensor, block: int) -> Tensor:
+    """Inverse of `space_to_depth`."""
+    batch, channels, i, j, k = x.shape
+    unfolded = x.reshape(batch, channels // block**3, block, block, block, i, j, k).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return unfolded.reshape(batch, channels // block**3, i * block, j * block, k * block)
+
+
+def build_autoencoder(definition: AutoencoderDef) -> AutoencoderKL:
+    """A fresh autoencoder: `encode` gives mean and standard deviation (B, C, X/f, Y/f, Z/f), f = `downsampling`."""
+    arguments = definition.model_dump(exclude={"patchify"})
+    if definition.patchify == 1:
+        network = AutoencoderKL(**arguments)
+    else:
+        network = PatchAutoencoderKL(patchify=definition.patchify, **arguments)
+    nn.init.constant_(network.quant_conv_log_sigma.conv.bias, INITIAL_LOG_VARIANCE)
+    return network
+
+
+def build_discriminator(definition: DiscriminatorDef, in_channels: int) -> PatchDiscriminator:
+    """A fresh discriminator: (B, C, X, Y, Z) -> list of feature maps, the last one the verdict on each patch."""
+    return PatchDiscriminator(spatial_dims=3, in_channels=in_channels, out_channels=1, **definition.model_dump())
+
+
+def build_unet(definition: DiffusionDef) -> DiffusionModelUNet:
+    """A fresh diffusion network: latent (B, C, X, Y, Z) and timesteps (B,) -> prediction of the latent's shape."""
+    return DiffusionModelUNet(**definition.model_dump())
+
+
+def checkpoint_blocks(network: nn.Module) -> nn.Module:
+    """Recompute each residual block in the backward pass instead of keeping its activations.
+
+    MONAI's own flag keeps whole stages and fails under autocast on some builds; blocks keep a third of the memory.
+    """
+    for module in network.modules():
+        if isinstance(module, AEKLResBlock | DiffusionUNetResnetBlock):
+            module.forward = _recomputed(module.forward)
+    return network
+
+
+def _recomputed(forward: Any) -> Any:
+    def wrapped(*inputs: Tensor) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+
+    return wrapped
+
+
+def compile_blocks(network: nn.Module) -> nn.Module:
+    """Compile residual blocks one by one: seconds of compiling instead of minutes for the whole network."""
+    for module in network.modules():
+        if isinstance(module, AEKLResBlock | DiffusionUNetResnetBlock):
+            module.compile()
+    return network
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def pad_to_multiple(volume: Tensor, factor: int) -> Tensor:
+    """Pad (..., X, Y, Z) with zeros on both sides so that each side is a multiple of `factor`."""
+    padding: list[int] = []
+    for n in reversed(volume.shape[-3:]):
+        missing = -n % factor
+        padding += [missing // 2, missing - missing // 2]
+    return F.pad(volume, padding)

@@ -1,0 +1,191 @@
+"""Published weights: safetensors that carry all that is needed to rebuild and use them without the config."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm3d import __version__
+from ldm3d.errors import WeightsError
+from ldm3d.files import atomic_path
+from ldm3d.networks import build_autoencoder, build_unet
+from ldm3d.schema import AutoencoderDef, DdpmSchedule, DiffusionDef, RFlowSchedule, Strict
+
+FORMAT_VERSION = 1
+AUTOENCODER, DISCRIMINATOR, UNET = "autoencoder.safetensors", "discriminator.safetensors", "diffusion_unet.safetensors"
+LATENT_MEAN = "latent_mean"
+Card = TypeVar("Card", bound="WeightsCard")
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class WeightsCard(Strict):
+    """What stands beside every published weights file's tensors."""
+
+    format_version: int = FORMAT_VERSION
+    code_version: str = __version__
+    trained_on: str
+    """Digest of the training volumes' contents."""
+    num_train: int
+    """Number of training volumes."""
+    step: int
+    """Optimizer steps taken."""
+    channel: int
+    """Contrast, as in the config."""
+    spacing: tuple[float, float, float]
+    """Voxel size of the volumes in mm."""
+    intensity_range: tuple[float, float] = (0.0, 1.0)
+    """Range of the volumes' values."""
+
+
+class AutoencoderCard(WeightsCard):
+    definition: AutoencoderDef
+    validation: dict[str, float] = Field(default_factory=dict)
+    """Validation measures at the time of saving."""
+
+
+class DiffusionCard(WeightsCard):
+    definition: DiffusionDef
+    schedule: DdpmSchedule | RFlowSchedule = Field(discriminator="type")
+    scale_factor: float
+    """Latents are multiplied by this before diffusion and divided by it before decoding."""
+    latent_shape: tuple[int, int, int, int]
+    """(C, X, Y, Z) of one latent."""
+    autoencoder_sha256: str
+    """Digest of the autoencoder's weights whose latents were learned."""
+    ema_decay: float
+    """Decay of the running average that these weights are; 0 where they are the last step's."""
+    conditioning: dict[str, list[str]] = Field(default_factory=dict)
+    """Conditions that the network knows, and their values. Empty: it generates without conditions."""
+    validation: dict[str, float] = Field(default_factory=dict)
+    """Validation measures at the time of saving."""
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], card: WeightsCard) -> None:
+    """Write weights and card atomically. Raises `OutputError` where the file cannot be written."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(contiguous, temporary, metadata={"format": "pt", "ldm3d": card.model_dump_json()})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_weights(path: Path, card_type: type[Card]) -> tuple[dict[str, Tensor], Card]:
+    """Read weights and card.
+
+    Raises:
+        WeightsError: the file is missing, damaged, of another kind, or of a newer format.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights; train them first, or name their folder as model_dir")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from error
+    if "ldm3d" not in metadata:
+        raise WeightsError(f"{path}: has no description of its network; it was not written by this project")
+    version = json.loads(metadata["ldm3d"]).get("format_version")
+    if version != FORMAT_VERSION:
+        raise WeightsError(f"{path}: format version {version}; this code reads version {FORMAT_VERSION}")
+    try:
+        return tensors, card_type.model_validate_json(metadata["ldm3d"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise WeightsError(f"{path}: is not {card_type.__name__}: {first['loc']}: {first['msg']}") from error
+
+
+def load_into(network: Network, tensors: dict[str, Tensor], path: Path) -> Network:
+    """Put tensors into a network; every name and shape must agree. Raises `WeightsError` otherwise."""
+    expected = network.state_dict()
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    other_shape = [n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape]
+    if missing or unknown or other_shape:
+        example = sorted([*other_shape, *missing, *unknown])[0]
+        raise WeightsError(
+            f"{path}: weights of another architecture: {len(missing)} tensors missing, {len(unknown)} unknown, "
+            f"{len(other_shape)} of another shape (first: {example}); use the config that they were trained with"
+        )
+    network.load_state_dict(tensors)
+    return network
+
+
+def check_definition(path: Path, stored: Strict, configured: Strict, section: str) -> None:
+    """Refuse a config that contradicts the weights' own description.
+
+    Raises:
+        WeightsError: naming the keys that differ.
+    """
+    was, now = stored.model_dump(), configured.model_dump()
+    different = [f"{key} is {now[key]} but the weights have {was[key]}" for key in was if was[key] != now[key]]
+    if different:
+        raise WeightsError(f"{path}: {section} of the config contradicts the weights: {'; '.join(different)}")
+
+
+def load_autoencoder(model_dir: Path) -> tuple[AutoencoderKL, AutoencoderCard]:
+    """The published autoencoder, in evaluation mode, rebuilt from its own description."""
+    path = model_dir / AUTOENCODER
+    tensors, card = read_weights(path, AutoencoderCard)
+    network = load_into(build_autoencoder(card.definition), tensors, path)
+    return network.eval().requires_grad_(False), card
+
+
+def load_unet(model_dir: Path) -> tuple[DiffusionModelUNet, Tensor, DiffusionCard]:
+    """The published diffusion network in evaluation mode, the latents' mean (C, X, Y, Z or 1s), and its card."""
+    path = model_dir / UNET
+    tensors, card = read_weights(path, DiffusionCard)
+    latent_mean = tensors.pop(LATENT_MEAN, torch.zeros(1, 1, 1, 1))
+    network = load_into(build_unet(card.definition), tensors, path)
+    return network.eval().requires_grad_(False), latent_mean, card
+
+
+def read_tutorial_weights(path: Path, network: Network) -> Network:
+    """Load a `.pt` file of the MONAI tutorial, made with `monai` or the older `monai-generative`.
+
+    Only tensors are read: a pickle that would run code is refused by torch's `weights_only` loader.
+
+    Raises:
+        WeightsError: the file is damaged, holds code, or belongs to another architecture.
+    """
+    state = read_pickled(path)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise WeightsError(f"{path}: does not hold a state dict of tensors")
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if network.state_dict().keys() == state.keys():
+        return load_into(network, state, path)
+    renamed = _renamed(network, dict(state), path)
+    return load_into(network, renamed, path)
+
+
+def _renamed(network: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Names of `monai-generative` in today's; every tensor must find its place."""
+    untouched = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    try:
+        network.load_old_state_dict(state)  # takes what it uses out of `state`
+    except (KeyError, RuntimeError) as error:
+        network.load_state_dict(untouched)
+        raise WeightsError(f"{path}: weights of another architecture ({error})") from error
+    if state:
+        raise WeightsError(f"{path}: weights of another architecture: no place for {sorted(state)[0]}")
+    return network.state_dict()
+
+
+def read_pickled(path: Path) -> Any:
+    """`torch.load` that executes nothing and says what is wrong. Raises `WeightsError`."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch each raise their own kinds on a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = "it holds something other than tensors, which could run code when loaded"
+        raise WeightsError(f"{path}: cannot be loaded: {reason}") from error
