@@ -1,11 +1,23 @@
 """What the scripts share and nothing else: arguments, run set-up and tear-down, errors as one line."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
 
 from ldm3d import distributed
-from ldm3d.errors import UserError
+from ldm3d.config import load_config, load_environment
+from ldm3d.errors import ConfigError, UserError
+from ldm3d.files import require_writable
+from ldm3d.schema import Config, Environment
+from ldm3d.tracking import Tracker
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -13,7 +25,7 @@ EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 class Parser(argparse.ArgumentParser):
     """argparse with errors in the house's form: one line, `error: ...`, exit status 2."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR)
 
@@ -23,6 +35,89 @@ def script_parser(description: str) -> Parser:
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     return parser
+
+
+def config_parser(description: str) -> Parser:
+    """A parser for scripts that are driven by a training configuration."""
+    parser = script_parser(description)
+    parser.add_argument("-c", "--config-file", type=Path, required=True, help="training configuration (JSON)")
+    parser.add_argument("-e", "--environment-file", type=Path, required=True, help="where to read and write (JSON)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=value", help="replace a key of the configuration"
+    )
+    return parser
+
+
+def training_parser(description: str) -> Parser:
+    """A parser for the two training stages."""
+    parser = config_parser(description)
+    parser.add_argument("-g", "--gpus", type=int, help="GPUs of this machine to be used; checked, not chosen")
+    parser.add_argument("--resume", action="store_true", help="go on where the last checkpoint stands")
+    parser.add_argument("--init-from", type=Path, metavar="DIR", help="start with the published weights in DIR")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, make one step, write no weights")
+    parser.add_argument("--seed", type=int, help="seed of everything random; the configuration's by default")
+    return parser
+
+
+def read_settings(args: argparse.Namespace) -> tuple[Config, Environment]:
+    """Configuration and environment that the arguments name. Raises `ConfigError`."""
+    seed = getattr(args, "seed", None)
+    overrides = [*args.set, *([f"seed={seed}"] if seed is not None else [])]
+    return load_config(args.config_file, overrides), load_environment(args.environment_file)
+
+
+@dataclass
+class Run:
+    """What a training run stands on: its device, its tracker, and whether it was asked to stop."""
+
+    device: torch.device
+    tracker: Tracker
+    resume: bool
+    stop_requested: bool = False
+
+    def should_stop(self) -> bool:
+        """Whether any process was interrupted; all of them agree on it."""
+        flag = torch.tensor([float(self.stop_requested)], device=distributed.collective_device())
+        return bool(distributed.all_sum(flag).item())
+
+
+@contextmanager
+def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage: str) -> Iterator[Run]:
+    """Check what can be checked early, join the other processes, catch Ctrl-C until the step is done.
+
+    Raises:
+        ConfigError: arguments contradict each other or the machine.
+        OutputError: a folder cannot be written to.
+    """
+    resume = args.resume or env.resume_ckpt
+    if resume and args.init_from:
+        raise ConfigError("--resume and --init-from exclude each other: a resumed run already has its weights")
+    distributed.check_gpus(args.gpus)
+    require_writable(env.model_dir)
+    require_writable(env.tfevent_path)
+    with (
+        distributed.process_group(cfg.ddp_backend, cfg.ddp_timeout_seconds) as device,
+        Tracker(env.tfevent_path / stage) as tracker,
+    ):
+        run = Run(device, tracker, resume)
+        with _interrupts_noted(run):
+            yield run
+
+
+@contextmanager
+def _interrupts_noted(run: Run) -> Iterator[None]:
+    """The first Ctrl-C asks the run to stop after its step; the second one stops it at once."""
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if run.stop_requested:
+            raise KeyboardInterrupt
+        run.stop_requested = True
+
+    previous: Any = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -37,5 +132,5 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(EXIT_USER_ERROR) from None
     except KeyboardInterrupt:
         if distributed.is_main():
-            print("interrupted", file=sys.stderr)
+            print("interrupted; go on with --resume", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None

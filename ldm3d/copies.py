@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from ldm3d.errors import DataError
-from ldm3d.metrics import LOWER, Metric, make_metric
+from ldm3d.metrics import LOWER, Metric, TooFewVolumes, make_metric
 
 # Finer grids are averaged down to at most this many voxels a side: a copy with other noise is still a copy.
 LARGEST_SIDE = 64
@@ -22,8 +22,9 @@ SMOOTHING_VOXELS = 1.0
 # Where the mean training volume is brighter than this share of its own maximum, there is brain in it.
 BRAIN_SHARE = 0.2
 HOW = (
-    "1 - Pearson correlation inside the training set's mean brain, grids averaged to at most "
-    f"{LARGEST_SIDE} voxels a side, Gaussian sigma {SMOOTHING_VOXELS:g}; samples are also tried mirrored left to right"
+    "relative distance: 1 - Pearson correlation with the nearest training volume, divided by the median over the other "
+    "training volumes; inside the training set's mean brain, grids averaged to at most "
+    f"{LARGEST_SIDE} voxels a side, Gaussian sigma {SMOOTHING_VOXELS:g}, also tried mirrored left to right"
 )
 
 
@@ -34,11 +35,14 @@ class Nearest:
     Args:
         index: number of the training volume.
         distance: 0 is the same image (up to brightness and contrast), 1 is unrelated.
+        relative: `distance` divided by the median distance to the other training volumes. Blurred or average images
+            are close to all volumes, copies to one: this tells them apart (after Carlini et al. 2023, section 4.2).
         mirrored: whether the volume is closer when mirrored left to right.
     """
 
     index: int
     distance: float
+    relative: float
     mirrored: bool
 
 
@@ -49,13 +53,14 @@ class TrainingSet:
         volumes: (X, Y, Z) each in RAS, [0, 1]; may be a generator, of which one volume at a time is in memory.
 
     Raises:
-        DataError: there are none, or they are all empty.
+        TooFewVolumes: there are fewer than two.
+        DataError: they are all empty.
     """
 
     def __init__(self, volumes: Iterable[np.ndarray]):
         small = [_small(volume) for volume in volumes]
-        if not small:
-            raise DataError("the copy check needs the training volumes; there are none")
+        if len(small) < 2:
+            raise TooFewVolumes(f"needs 2 training volumes or more; there are {len(small)}")
         mean = np.mean(small, axis=0)
         self._brain = mean > BRAIN_SHARE * mean.max()
         if not self._brain.any():
@@ -69,15 +74,19 @@ class TrainingSet:
             raise DataError(f"a volume of shape {np.shape(volume)} is not on the grid of the training volumes")
         both = np.stack([_unit(small[self._brain]), _unit(small[::-1][self._brain])])
         distances = 1 - both @ self._rows.T
-        mirrored, index = np.unravel_index(distances.argmin(), distances.shape)
-        return Nearest(int(index), float(distances[mirrored, index]), bool(mirrored))
+        closest = distances.min(axis=0)
+        index = int(closest.argmin())
+        others = float(np.median(np.delete(closest, index)))
+        distance = max(0.0, float(closest[index]))
+        mirrored = bool(distances[1, index] < distances[0, index])
+        return Nearest(index, distance, distance / max(others, 1e-6), mirrored)
 
 
 def _small(volume: np.ndarray) -> np.ndarray:
     volume = np.asarray(volume, dtype=np.float32)
     factor = -(-max(volume.shape) // LARGEST_SIDE)
     if factor > 1:
-        image = torch.as_tensor(volume)[None, None]
+        image = torch.from_numpy(volume.copy())[None, None]
         volume = F.avg_pool3d(image, factor, ceil_mode=True, count_include_pad=False)[0, 0].numpy()
     return ndimage.gaussian_filter(volume, SMOOTHING_VOXELS)
 
@@ -105,40 +114,45 @@ def copy_check(
         held_out: real volumes that were not trained on; without any there is nothing to judge by.
 
     Returns:
-        The metric, whose value is the share of samples closer than the 5th percentile of the held-out volumes (by chance
-        0.05), and for each sample its name, nearest case, distance, whether mirrored, and whether it is closer than
-        every held-out volume.
+        The metric, whose value is the share of samples closer (relative distance) than the 5th percentile of held-out
+        volumes: 0.05 by chance. And for each sample its name, nearest case, distances, whether mirrored, and whether it
+        is closer than every held-out volume.
 
     Raises:
-        DataError: there is no held-out volume, or a grid differs.
+        TooFewVolumes: there is no held-out volume or no sample.
+        DataError: a grid differs.
     """
-    real = np.array([training.nearest(volume).distance for volume in held_out])
-    if not real.size:
-        raise DataError("the copy check needs held-out real volumes to compare with; the validation split is empty")
+    real = [training.nearest(volume) for volume in held_out]
     found = [training.nearest(volume) for volume in synthetic]
-    distances = np.array([nearest.distance for nearest in found])
-    first, fifth, median = np.percentile(real, (1, 5, 50))
+    if not real or not found:
+        raise TooFewVolumes(f"needs samples and held-out real volumes; there are {len(found)} and {len(real)}")
+    limits = np.array([nearest.relative for nearest in real])
+    relative = np.array([nearest.relative for nearest in found])
+    first, fifth = np.percentile(limits, (1, 5))
     samples = [
         {
             "sample": name,
             "nearest": training_names[nearest.index],
             "distance": nearest.distance,
+            "relative_distance": nearest.relative,
             "mirrored": nearest.mirrored,
-            "closer_than_all_real": nearest.distance < real.min(),
+            "closer_than_all_real": bool(nearest.relative < limits.min()),
         }
         for name, nearest in zip(synthetic_names, found, strict=True)
     ]
     references = {
-        "closer_than_real_min": int((distances < real.min()).sum()),
-        "closer_than_real_1st_percentile": int((distances < first).sum()),
-        "closer_than_real_5th_percentile": int((distances < fifth).sum()),
-        "real_min": float(real.min()),
+        "closer_than_real_min": int((relative < limits.min()).sum()),
+        "closer_than_real_1st_percentile": int((relative < first).sum()),
+        "closer_than_real_5th_percentile": int((relative < fifth).sum()),
+        "real_min": float(limits.min()),
         "real_1st_percentile": float(first),
         "real_5th_percentile": float(fifth),
-        "real_median": float(median),
-        "synthetic_min": float(distances.min()),
-        "synthetic_median": float(np.median(distances)),
+        "real_median": float(np.median(limits)),
+        "synthetic_min": float(relative.min()),
+        "synthetic_median": float(np.median(relative)),
+        "real_median_distance": float(np.median([nearest.distance for nearest in real])),
+        "synthetic_median_distance": float(np.median([nearest.distance for nearest in found])),
     }
-    n = {"training": len(training_names), "held_out": real.size, "synthetic": len(found)}
+    n = {"training": len(training_names), "held_out": len(real), "synthetic": len(found)}
     how = f"share of samples nearer to a training volume than the 5th percentile of held-out real volumes; {HOW}"
-    return make_metric((distances < fifth).mean(), f"{LOWER}; 0.05 by chance", n, how, references), samples
+    return make_metric((relative < fifth).mean(), f"{LOWER}; 0.05 by chance", n, how, references), samples

@@ -115,3 +115,9 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def collective_device() -> torch.device:
+    """Where tensors must lie to be reduced: the GPU under nccl, else the CPU."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return choose_device() if nccl else torch.device("cpu")

@@ -31,7 +31,7 @@ def extract(volumes: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
     """
     rows: dict[str, list[np.ndarray]] = {"image": [], "detail": [], "intensity": []}
     for volume in volumes:
-        image = torch.as_tensor(np.asarray(volume, dtype=np.float32))[None, None]
+        image = torch.from_numpy(np.array(volume, dtype=np.float32))[None, None]
         rows["image"].append(F.adaptive_avg_pool3d(image, IMAGE_GRID).flatten().numpy())
         rows["detail"].append(_detail(image))
         rows["intensity"].append(_intensity(image))

@@ -50,7 +50,8 @@ def interior(real: Sequence[np.ndarray], synthetic: Sequence[np.ndarray]) -> dic
     - `sharpness`: mean gradient magnitude. Blur lowers it, noise raises it;
     - `interior_contrast`: standard deviation of a band-pass of 1 to 4 voxels: sulci, ventricles, nuclei;
     - `interior_spread`: 5th to 95th percentile of lightly smoothed intensities: tissue contrast; noise adds little;
-    - `ventricles`: share of the central brain that is clearly darker (brighter, where fluid is bright) than tissue.
+    - `central_dark`, `central_bright`: share of the central brain that is clearly darker or brighter than tissue: the
+      ventricles where fluid is dark (T1, FLAIR) or bright (T2), lesions in the other. None where real brains have none.
 
     Args:
         real: reference set; its mean is the unit.
@@ -59,16 +60,16 @@ def interior(real: Sequence[np.ndarray], synthetic: Sequence[np.ndarray]) -> dic
     references = [_inside(volume) for volume in real]
     samples = [_inside(volume) for volume in synthetic]
     n = {"real": len(references), "synthetic": len(samples)}
-    sign = "dark" if _mean(references, "dark") >= _mean(references, "bright") else "bright"
     where = "deeper than 1/4 of the brain"
     how = {
         "sharpness": f"mean gradient magnitude, {where}",
         "interior_contrast": f"standard deviation of Gaussian sigma 1 minus sigma 4 voxels, {where}",
         "interior_spread": f"5th to 95th percentile after Gaussian sigma 1 voxel, {where}",
-        "ventricles": f"share of voxels deeper than 1/2 of the brain that are {sign}: over 25 % off its median",
+        "central_dark": "share of voxels deeper than 1/2 of the brain that are 25 % below the median of the brain",
+        "central_bright": "share of voxels deeper than 1/2 of the brain that are 25 % above the median of the brain",
     }
-    keys = {"sharpness": "gradient", "interior_contrast": "band", "interior_spread": "spread", "ventricles": sign}
-    return {name: _ratio(references, samples, keys[name], n, how[name]) for name in keys}
+    keys = dict(zip(how, ("gradient", "band", "spread", "dark", "bright"), strict=True))
+    return {name: _ratio(references, samples, keys[name], n, how[name]) for name in how}
 
 
 def _inside(volume: np.ndarray) -> dict[str, float]:
@@ -95,22 +96,16 @@ def _inside(volume: np.ndarray) -> dict[str, float]:
     }
 
 
-def _mean(figures: Sequence[dict[str, float]], key: str) -> float:
-    return float(np.mean([f[key] for f in figures])) if figures else 0.0
-
-
 def _ratio(
     real: Sequence[dict[str, float]], synthetic: Sequence[dict[str, float]], key: str, n: dict[str, int], how: str
 ) -> Metric:
-    unit = _mean(real, key)
-    values = np.array([f[key] for f in real]) / unit if unit else np.array([np.nan])
-    samples = np.array([f[key] for f in synthetic]) / unit if unit else np.array([np.nan])
-    low, high = float(values.min()), float(values.max())
-    references = {
-        "real_min": low,
-        "real_max": high,
-        "synthetic_min": float(samples.min()),
-        "synthetic_max": float(samples.max()),
-        "synthetic_within_real": float(((samples >= low) & (samples <= high)).mean()),
-    }
-    return make_metric(samples.mean(), LIKE_REAL, n, f"{how}; divided by the mean of the real set", references)
+    how = f"{how}; divided by the mean of the real set"
+    unit = float(np.mean([figures[key] for figures in real]))
+    if unit < 1e-9:
+        return make_metric(np.nan, LIKE_REAL, n, how)
+    references = np.array([figures[key] for figures in real]) / unit
+    samples = np.array([figures[key] for figures in synthetic]) / unit
+    low, high = references.min(), references.max()
+    within = float(((samples >= low) & (samples <= high)).mean())
+    spread = {"real": [float(low), float(high)], "synthetic": [float(samples.min()), float(samples.max())]}
+    return make_metric(samples.mean(), LIKE_REAL, n, how, {"min_max": spread, "synthetic_within_real": within})

@@ -22,6 +22,10 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 SSIM_KERNEL, SSIM_SIGMA = 11, 1.5
 
 
+class TooFewVolumes(DataError):
+    """A metric cannot be computed of so few volumes; others can."""
+
+
 class Metric(TypedDict, total=False):
     """A figure and what is needed to read it. Single metrics add reference values of their own."""
 
@@ -33,28 +37,30 @@ class Metric(TypedDict, total=False):
 
 
 def reconstruction(real: Iterable[np.ndarray], reconstructed: Iterable[np.ndarray]) -> dict[str, Metric]:
-    """PSNR (dB), SSIM and L1 between volumes and their reconstructions, averaged over volumes.
+    """PSNR (dB), SSIM (Wang et al. 2004) and L1 between volumes and their reconstructions, averaged over volumes.
 
     Raises:
+        TooFewVolumes: there is none.
         DataError: a pair differs in shape.
     """
-    rows = []
-    for a, b in zip(real, reconstructed, strict=True):
-        x, y = _tensor(a), _tensor(b)
+    rows, kernel = [], SSIM_KERNEL
+    for original, copy in zip(real, reconstructed, strict=True):
+        x, y = _tensor(original), _tensor(copy)
         if x.shape != y.shape:
             raise DataError(f"a reconstruction has shape {tuple(y.shape[2:])}, its original {tuple(x.shape[2:])}")
+        kernel = _odd_kernel(x.shape[2:])
+        ssim, _ = compute_ssim_and_cs(x, y, 3, (kernel,) * 3, (SSIM_SIGMA,) * 3)
         mse = float(((x - y) ** 2).mean())
-        psnr = -10 * np.log10(mse) if mse > 0 else np.inf
-        size, sigma = (_odd_kernel(x.shape[2:]),) * 3, (SSIM_SIGMA,) * 3
-        rows.append((psnr, float(compute_ssim_and_cs(x, y, 3, size, sigma)[0].mean()), float((x - y).abs().mean())))
-    psnr, ssim, l1 = np.array(rows).T
+        rows.append((-10 * np.log10(mse) if mse > 0 else np.inf, float(ssim.mean()), float((x - y).abs().mean())))
+    if not rows:
+        raise TooFewVolumes("there is no volume to reconstruct")
+    psnr, ssim_mean, l1 = np.mean(rows, axis=0)
     n = {"volumes": len(rows)}
+    how_ssim = f"3-D, Gaussian kernel {kernel}, sigma {SSIM_SIGMA}, data range 1, air included"
     return {
-        "psnr_db": make_metric(psnr.mean(), HIGHER, n, "-10 log10 of the mean squared error of a volume, air included"),
-        "ssim": make_metric(
-            ssim.mean(), HIGHER, n, f"3-D, Gaussian kernel {size[0]}, sigma {SSIM_SIGMA}, data range 1, air included"
-        ),
-        "l1": make_metric(l1.mean(), LOWER, n, "mean absolute difference, air included"),
+        "psnr_db": make_metric(psnr, HIGHER, n, "-10 log10 of a volume's mean squared error, air included"),
+        "ssim": make_metric(ssim_mean, HIGHER, n, how_ssim),
+        "l1": make_metric(l1, LOWER, n, "mean absolute difference, air included"),
     }
 
 
@@ -78,10 +84,11 @@ def fidelity(
         seed: of the random halves.
 
     Raises:
-        DataError: too few volumes, or volumes under 8 voxels a side.
+        TooFewVolumes: fewer than 2 in a set.
+        DataError: volumes under 8 voxels a side.
     """
     if min(len(real), len(synthetic)) < 2:
-        raise DataError(f"KID and MMD need 2 real and 2 synthetic volumes; there are {len(real)} and {len(synthetic)}")
+        raise TooFewVolumes(f"needs 2 real and 2 synthetic volumes; there are {len(real)} and {len(synthetic)}")
     if min(np.shape(real[0])) < 8:
         raise DataError(f"volumes {np.shape(real[0])} are too small: features need 8 voxels a side")
     features = extract(real)
@@ -138,10 +145,10 @@ def diversity(
         seed: of the choice of pairs.
 
     Raises:
-        DataError: fewer than 2 volumes in a set.
+        TooFewVolumes: fewer than 2 in a set.
     """
     if min(len(real), len(synthetic)) < 2:
-        raise DataError(f"diversity needs 2 real and 2 synthetic volumes; got {len(real)} and {len(synthetic)}")
+        raise TooFewVolumes(f"needs 2 real and 2 synthetic volumes; there are {len(real)} and {len(synthetic)}")
     kernel, weights = ms_ssim_settings(np.shape(real[0]))
     values, counts = {}, {}
     for name, volumes in (("real", real), ("synthetic", synthetic)):
@@ -191,7 +198,8 @@ def _random_pairs(n: int, most: int, seed: int) -> list[tuple[int, int]]:
 
 
 def _tensor(volume: Any) -> torch.Tensor:
-    return torch.as_tensor(volume, dtype=torch.float32, device="cpu")[None, None]
+    # torch takes no views with negative strides, such as mirrored volumes.
+    return torch.from_numpy(np.array(volume, dtype=np.float32))[None, None]
 
 
 def make_metric(

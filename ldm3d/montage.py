@@ -52,10 +52,10 @@ def as_volume(volume: Any) -> np.ndarray:
     Raises:
         ValueError: it is more or less than one volume.
     """
-    tensor = torch.as_tensor(volume).detach().float().cpu()
-    if tensor.ndim < 3 or tensor.numel() != tensor.shape[-1] * tensor.shape[-2] * tensor.shape[-3]:
-        raise ValueError(f"shape {tuple(tensor.shape)} is not that of one volume (X, Y, Z)")
-    return tensor.reshape(tensor.shape[-3:]).numpy()
+    array = volume.detach().float().cpu().numpy() if isinstance(volume, torch.Tensor) else np.asarray(volume)
+    if array.ndim < 3 or array.size != np.prod(array.shape[-3:]):
+        raise ValueError(f"shape {array.shape} is not that of one volume (X, Y, Z)")
+    return array.reshape(array.shape[-3:]).astype(np.float32, copy=False)
 
 
 def three_planes(volume: Any, centre: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

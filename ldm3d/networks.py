@@ -1,5 +1,6 @@
 """Build the networks from their definitions, and fit them to the machine."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,29 +18,76 @@ INITIAL_LOG_VARIANCE = -6.0
 
 
 class PatchAutoencoderKL(AutoencoderKL):
-    """`AutoencoderKL` on blocks of voxels: space to depth before it, depth to space behind it.
+    """`AutoencoderKL` for small machines: it works on blocks of voxels, beside a linear path from image to latent.
 
-    The first level then works on a grid `patchify` times coarser, at a `patchify`^3 lower cost for each channel
-    (the space-to-channel rearrangement of Chen et al. 2024, Deep Compression Autoencoder, section 3.1).
+    Space to depth before the network and depth to space behind it make the first level `patchify`^3 times cheaper
+    (Chen et al. 2024, Deep Compression Autoencoder, section 3.1). The linear path carries the image's principal
+    components from the first step on (`start_with_principal_components`); the network learns what it lacks.
 
     Args:
         patchify: voxels a side of one block.
-        in_channels: channels of the image, (B, in_channels, X, Y, Z), X, Y, Z multiples of `patchify`.
+        in_channels: channels of the image, (B, in_channels, X, Y, Z); X, Y, Z divisible by the whole downsampling.
         out_channels: channels of the reconstruction.
-        arguments: those of `AutoencoderKL`.
+        channels: as for `AutoencoderKL`.
+        latent_channels: as for `AutoencoderKL`.
+        arguments: the others of `AutoencoderKL`.
     """
 
-    def __init__(self, patchify: int, in_channels: int = 1, out_channels: int = 1, **arguments: Any):
+    def __init__(
+        self,
+        patchify: int,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int],
+        latent_channels: int,
+        **arguments: Any,
+    ):
         block = patchify**3
-        super().__init__(in_channels=in_channels * block, out_channels=out_channels * block, **arguments)
+        super().__init__(
+            in_channels=in_channels * block,
+            out_channels=out_channels * block,
+            channels=channels,
+            latent_channels=latent_channels,
+            **arguments,
+        )
         self.patchify = patchify
+        side = patchify * 2 ** (len(channels) - 1)
+        self.project = nn.Conv3d(in_channels, latent_channels, side, stride=side)
+        self.unproject = nn.ConvTranspose3d(latent_channels, out_channels, side, stride=side)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, sigma = super().encode(space_to_depth(x, self.patchify))
-        return mean, sigma
+        return mean + self.project(x), sigma
 
     def decode(self, z: Tensor) -> Tensor:
-        return depth_to_space(super().decode(z), self.patchify)
+        return depth_to_space(super().decode(z), self.patchify) + self.unproject(z)
+
+    @torch.no_grad()
+    def start_with_principal_components(self, images: Tensor) -> None:
+        """Make the fresh network equal to the principal components of the images' blocks, each of unit variance.
+
+        Args:
+            images: (N, 1, X, Y, Z), some of the training volumes.
+        """
+        side = self.project.kernel_size[0]
+        project_bias, unproject_bias = self.project.bias, self.unproject.bias
+        assert project_bias is not None and unproject_bias is not None
+        blocks = space_to_depth(images, side).transpose(0, 1).flatten(1).double()
+        mean = blocks.mean(1, keepdim=True)
+        variances, directions = torch.linalg.eigh(torch.cov(blocks))
+        leading = variances.argsort(descending=True)[: self.latent_channels]
+        spread = variances[leading].clamp_min(1e-8).sqrt()[:, None]
+        components = directions[:, leading].T
+        self.project.weight.copy_((components / spread).view_as(self.project.weight))
+        project_bias.copy_((-(components @ mean) / spread).flatten())
+        nn.init.zeros_(unproject_bias)
+        self.unproject.weight.copy_((components * spread).view_as(self.unproject.weight))
+        nn.init.zeros_(self.quant_conv_mu.conv.weight)
+        nn.init.zeros_(self.quant_conv_mu.conv.bias)
+        last = self.decoder.blocks[-1].conv
+        nn.init.zeros_(last.weight)
+        # Every voxel of a block has nearly the same mean, as blocks lie anywhere in the head.
+        last.bias.fill_(mean.mean())
 
 
 def space_to_depth(x: Tensor, block: int) -> Tensor:

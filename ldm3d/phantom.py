@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ DEFAULT_SHAPE, DEFAULT_SPACING = (48, 64, 48), 3.2
 VERSION = 1
 # Holds the parameters while the data set is being written, dataset.json being there only when it is whole.
 CLAIM = "phantom-unfinished.json"
+# Elsewhere a forked process is unsafe or unknown; there each worker loads the template itself.
+FORK = sys.platform == "linux"
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,10 @@ def write_dataset(
         log(f"{folder}: the embedded data set of {num} cases is there already")
         return
     make = partial(_write_case, folder, seed, shape, spacing)
+    if missing and FORK:
+        # Worker processes are forked from this one and find the template in their memory.
+        load_template(float(spacing))
+        tumour_starts()
     for _ in progress(_in_processes(make, missing, workers), "making brains", total=len(missing), unit="case"):
         pass
     write_text(folder / "dataset.json", json.dumps(_description(num, made_from), indent=2) + "\n")
@@ -195,12 +202,14 @@ def _in_processes(make: Callable[[int], None], indices: list[int], workers: int)
     if workers == 1 or len(indices) < 2:
         yield from map(make, indices)
         return
-    tumour_starts()
-    # A forked process has the template in memory already; where there is no safe fork, each loads it again.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context("fork" if FORK else "spawn")
     pool = ProcessPoolExecutor(min(workers, len(indices)), context, initializer=_leave_interrupts_to_parent)
     try:
         yield from pool.map(make, indices)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a process was killed while making brains (out of memory?); --workers {workers} may be too many"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -174,6 +174,9 @@ class DiffusionTrain(Optimization):
 
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the running average of the weights that is validated and published; 0 publishes the weights as such."""
+    center_latents: bool = False
+    """Subtract the training set's mean latent at each voxel: an easier start where all volumes lie in one template
+    space, as BraTS does."""
     sample_interval: NotNegative = 0
     """Epochs between generated volumes in TensorBoard; 0 generates none."""
 

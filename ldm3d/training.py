@@ -1,5 +1,6 @@
 """What both training loops need: precision, random numbers by step, gradient step, learning rate, EMA."""
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +24,7 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 4_099 + distributed.rank())
 
 
-def prepare_network(network: nn.Module, cfg: Config, device: torch.device) -> nn.Module:
+def prepare_network(network: Any, cfg: Config, device: torch.device) -> Any:
     """Move to the device, then recompute, synchronise and compile as the config says."""
     if cfg.sync_bn and distributed.world_size() > 1 and device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -92,7 +93,7 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
+        return float(self.schedule.get_last_lr()[0])
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -122,22 +123,20 @@ class EMA:
 
     The decay grows from 0 as (1 + step) / (10 + step) until it reaches `decay`, so that the first, random weights are
     soon forgotten.
+
+    Args:
+        network: what is averaged; `self.network` is a copy of it that carries the average.
+        decay: 0 keeps the last weights.
     """
 
     def __init__(self, network: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {name: value.detach().clone() for name, value in network.state_dict().items()}
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        averaged = list(self.weights.values())
-        current = [value.detach() for value in network.state_dict().values()]
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-
-    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
-        for name, value in self.weights.items():
-            value.copy_(weights[name])
+        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)
 
 
 def require_finite(loss: Tensor, terms: dict[str, Tensor], step: int, cases: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from ldm3d import __version__
 from ldm3d.errors import WeightsError
 from ldm3d.files import atomic_path
 from ldm3d.networks import build_autoencoder, build_unet
-from ldm3d.schema import AutoencoderDef, DdpmSchedule, DiffusionDef, RFlowSchedule, Strict
+from ldm3d.schema import AutoencoderDef, DdpmSchedule, DiffusionDef, DiscriminatorDef, RFlowSchedule, Strict
 
 FORMAT_VERSION = 1
 AUTOENCODER, DISCRIMINATOR, UNET = "autoencoder.safetensors", "discriminator.safetensors", "diffusion_unet.safetensors"
@@ -47,6 +47,10 @@ class AutoencoderCard(WeightsCard):
     definition: AutoencoderDef
     validation: dict[str, float] = Field(default_factory=dict)
     """Validation measures at the time of saving."""
+
+
+class DiscriminatorCard(WeightsCard):
+    definition: DiscriminatorDef
 
 
 class DiffusionCard(WeightsCard):

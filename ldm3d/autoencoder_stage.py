@@ -1,0 +1,158 @@
+"""Stage 1: one training step of the autoencoder and its discriminator, validation, publication."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.networks.nets import AutoencoderKL
+from torch import Tensor
+
+from ldm3d import distributed
+from ldm3d.losses import AutoencoderLoss
+from ldm3d.metrics import reconstruction
+from ldm3d.networks import PatchAutoencoderKL, build_autoencoder, build_discriminator
+from ldm3d.schema import Config
+from ldm3d.training import Optimizer, Precision, parallel, prepare_network, require_finite
+from ldm3d.weights import (
+    AUTOENCODER,
+    DISCRIMINATOR,
+    AutoencoderCard,
+    DiscriminatorCard,
+    check_definition,
+    load_into,
+    read_weights,
+    save_weights,
+)
+
+Batch = dict[str, Any]
+
+
+class AutoencoderStage:
+    """Networks, losses and optimizers of stage 1.
+
+    Args:
+        cfg: the configuration.
+        device: where to train.
+        total_steps: length of the whole training.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device, total_steps: int):
+        self.cfg, self.device = cfg, device
+        torch.manual_seed(cfg.seed)
+        network = build_autoencoder(cfg.autoencoder_def)
+        self.autoencoder: AutoencoderKL = prepare_network(network, cfg, device)
+        self.discriminator = prepare_network(
+            build_discriminator(cfg.discriminator_def, cfg.image_channels), cfg, device
+        )
+        self.loss = AutoencoderLoss(cfg.autoencoder_train).to(device)
+        train = cfg.autoencoder_train
+        self.precision = Precision(cfg.amp, device)
+        self.optimizer = Optimizer(self.autoencoder.parameters(), train, total_steps, self.precision)
+        self.discriminator_optimizer = Optimizer(
+            self.discriminator.parameters(), train, total_steps, Precision(cfg.amp, device)
+        )
+        self.parallel_autoencoder = parallel(self.autoencoder, device)
+        self.parallel_discriminator = parallel(self.discriminator, device)
+
+    def train_step(self, batch: Batch, step: int, adversarial: bool) -> dict[str, Tensor]:
+        """One step of the autoencoder and, after the warm-up, of the discriminator.
+
+        Args:
+            batch: `image` (B, 1, X, Y, Z) in [0, 1] and `case` names.
+            step: number of the step, for error messages.
+            adversarial: the warm-up is over.
+
+        Returns:
+            Weighted loss terms by name, detached, with `discriminator` and `gradient_norm`.
+
+        Raises:
+            NonFiniteLoss: before any weight is touched.
+        """
+        image = batch["image"].to(self.device, non_blocking=True)
+        with self.precision.autocast():
+            reconstructed, mean, sigma = self.parallel_autoencoder(image)
+            verdict = self._verdict(reconstructed) if adversarial else None
+            terms = self.loss.generator(image, reconstructed, mean, sigma, verdict)
+        total = torch.stack(list(terms.values())).sum()
+        require_finite(total, terms, step, batch["case"])
+        norm = self.optimizer.step(total)
+        logged = {name: term.detach() for name, term in terms.items()}
+        if adversarial:
+            logged["discriminator"] = self._discriminator_step(image, reconstructed.detach(), step, batch["case"])
+        return logged | {"gradient_norm": norm}
+
+    def _verdict(self, reconstructed: Tensor) -> Tensor:
+        """The discriminator's opinion, with gradients for the autoencoder only."""
+        self.discriminator.requires_grad_(False)
+        verdict = self.discriminator(reconstructed)[-1]
+        self.discriminator.requires_grad_(True)
+        return verdict
+
+    def _discriminator_step(self, real: Tensor, fake: Tensor, step: int, cases: list[str]) -> Tensor:
+        with self.precision.autocast():
+            # One forward pass for both halves: DistributedDataParallel takes one per backward pass.
+            verdicts = self.parallel_discriminator(torch.cat([fake, real]))[-1]
+            loss = self.loss.discriminator(*verdicts.chunk(2))
+        require_finite(loss, {"discriminator": loss}, step, cases)
+        self.discriminator_optimizer.step(loss)
+        return loss.detach()
+
+    def start_fresh(self, images: Tensor) -> None:
+        """Use some training volumes (N, 1, X, Y, Z) for a good start, where the network knows how."""
+        if isinstance(self.autoencoder, PatchAutoencoderKL):
+            self.autoencoder.start_with_principal_components(images.to(self.device))
+
+    @torch.inference_mode()
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """Decode the latent's mean: (B, 1, X, Y, Z) in [0, 1], without sampling."""
+        with self.precision.autocast():
+            reconstructed: Tensor = self.autoencoder.reconstruct(image.to(self.device))
+        return reconstructed.float().clamp(0, 1)
+
+    def validate(self, loader: Iterable[Batch]) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
+        """PSNR (dB), SSIM and L1 over the whole validation set, and the first volume with its reconstruction."""
+        self.autoencoder.eval()
+        rows, shown = [], None
+        for batch in loader:
+            image, reconstructed = batch["image"], self.reconstruct(batch["image"])
+            measures = reconstruction([image[0, 0].numpy()], [reconstructed[0, 0].cpu().numpy()])
+            rows.append({name: float(measure["value"] or 0.0) for name, measure in measures.items()})
+            shown = shown or (image[0, 0], reconstructed[0, 0])
+        self.autoencoder.train()
+        gathered = [row for part in distributed.gather_objects(rows) for row in part]
+        return {name: sum(row[name] for row in gathered) / len(gathered) for name in gathered[0]}, shown
+
+    def publish(self, model_dir: Path, facts: dict[str, Any], validation: dict[str, float]) -> None:
+        """Write the current weights with their description, from rank 0."""
+        if not distributed.is_main():
+            return
+        card = AutoencoderCard(definition=self.cfg.autoencoder_def, validation=validation, **facts)
+        save_weights(model_dir / AUTOENCODER, self.autoencoder.state_dict(), card)
+        judge = DiscriminatorCard(definition=self.cfg.discriminator_def, **facts)
+        save_weights(model_dir / DISCRIMINATOR, self.discriminator.state_dict(), judge)
+
+    def start_from(self, folder: Path) -> None:
+        """Begin with published weights; the discriminator's too, where there are any."""
+        tensors, card = read_weights(folder / AUTOENCODER, AutoencoderCard)
+        check_definition(folder / AUTOENCODER, card.definition, self.cfg.autoencoder_def, "autoencoder_def")
+        load_into(self.autoencoder, tensors, folder / AUTOENCODER)
+        if (folder / DISCRIMINATOR).is_file():
+            tensors, judge = read_weights(folder / DISCRIMINATOR, DiscriminatorCard)
+            check_definition(folder / DISCRIMINATOR, judge.definition, self.cfg.discriminator_def, "discriminator_def")
+            load_into(self.discriminator, tensors, folder / DISCRIMINATOR)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "autoencoder": self.autoencoder.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.autoencoder.load_state_dict(state["autoencoder"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])

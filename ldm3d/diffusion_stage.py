@@ -1,0 +1,136 @@
+"""Stage 2: one training step of the diffusion network, validation, publication."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm3d import distributed
+from ldm3d.diffusion import build_diffusion
+from ldm3d.latents import LatentCache, LatentStatistics
+from ldm3d.networks import build_unet
+from ldm3d.schema import Config
+from ldm3d.training import EMA, Optimizer, Precision, parallel, prepare_network, require_finite
+from ldm3d.weights import LATENT_MEAN, UNET, DiffusionCard, check_definition, load_into, read_weights, save_weights
+
+VALIDATION_LEVELS = 8
+VALIDATION_SEED = 1234
+
+
+class DiffusionStage:
+    """Network, noise, running average and optimizer of stage 2.
+
+    Args:
+        cfg: the configuration.
+        device: where to train.
+        total_steps: length of the whole training.
+        statistics: how latents are normalised.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device, total_steps: int, statistics: LatentStatistics):
+        self.cfg, self.device, self.statistics = cfg, device, statistics
+        train = cfg.diffusion_train
+        torch.manual_seed(cfg.seed)
+        network = build_unet(cfg.diffusion_def).to(device)
+        self.ema = EMA(network, train.ema_decay)
+        self.unet = prepare_network(network, cfg, device)
+        self.diffusion = build_diffusion(cfg.noise_schedule)
+        self.precision = Precision(cfg.amp, device)
+        self.optimizer = Optimizer(self.unet.parameters(), train, total_steps, self.precision)
+        self.parallel_unet = parallel(self.unet, device)
+
+    def train_step(self, latents: Tensor, step: int, cases: list[str]) -> dict[str, Tensor]:
+        """One step on latents (B, C, X, Y, Z) as the autoencoder gave them.
+
+        Returns:
+            `loss` and `gradient_norm`, detached.
+
+        Raises:
+            NonFiniteLoss: before any weight is touched.
+        """
+        clean = self.statistics.normalise(latents)
+        noise = torch.randn(clean.shape).to(self.device)
+        timesteps = self.diffusion.draw_timesteps(len(clean), torch.device("cpu")).to(self.device)
+        loss = self._losses(self.parallel_unet, clean, noise, timesteps).mean()
+        require_finite(loss, {"loss": loss, "largest_latent": clean.abs().max()}, step, cases)
+        norm = self.optimizer.step(loss)
+        self.ema.update(self.unet, step)
+        return {"loss": loss.detach(), "gradient_norm": norm}
+
+    def _losses(self, unet: torch.nn.Module, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Mean squared error of each sample, (B,)."""
+        noisy = self.diffusion.add_noise(clean, noise, timesteps)
+        target = self.diffusion.target(clean, noise, timesteps)
+        with self.precision.autocast():
+            prediction = unet(noisy, timesteps=timesteps)
+        return F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
+
+    @torch.inference_mode()
+    def validate(self, cache: LatentCache) -> dict[str, float]:
+        """Loss of the running average on fixed latents, fixed noise and a fixed grid of timesteps.
+
+        Returns:
+            `loss` over all, and `level_1` (least noise) to `level_8` (most).
+        """
+        share = range(distributed.rank(), len(cache), distributed.world_size())
+        sums = torch.zeros(VALIDATION_LEVELS + 1, dtype=torch.float64)
+        timesteps = self.diffusion.grid(VALIDATION_LEVELS).to(self.device)
+        for index in share:
+            clean = self.statistics.normalise(cache.mean(index, self.device))
+            generator = torch.Generator().manual_seed(VALIDATION_SEED + index)
+            noise = torch.randn((VALIDATION_LEVELS, *clean.shape[1:]), generator=generator).to(self.device)
+            losses = self._losses(self.ema.network, clean.expand(len(noise), -1, -1, -1, -1), noise, timesteps)
+            sums += torch.cat([losses, torch.ones(1, device=self.device)]).double().cpu()
+        sums = distributed.all_sum(sums.to(distributed.collective_device())).cpu()
+        by_level = (sums[:-1] / sums[-1]).tolist()
+        return {"loss": sum(by_level) / len(by_level)} | {f"level_{i + 1}": v for i, v in enumerate(by_level)}
+
+    def publish(self, model_dir: Path, facts: dict[str, Any], validation: dict[str, float]) -> None:
+        """Write the running average with its description, from rank 0."""
+        if distributed.is_main():
+            tensors = self.ema.network.state_dict() | {LATENT_MEAN: self.statistics.mean}
+            save_weights(model_dir / UNET, tensors, self.card(facts, validation))
+
+    def card(self, facts: dict[str, Any], validation: dict[str, float]) -> DiffusionCard:
+        """The description that is stored with the weights."""
+        return DiffusionCard(
+            definition=self.cfg.diffusion_def,
+            schedule=self.cfg.noise_schedule,
+            scale_factor=self.statistics.scale_factor,
+            latent_shape=self.cfg.latent_shape,
+            ema_decay=self.cfg.diffusion_train.ema_decay,
+            validation=validation,
+            **facts,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "unet": self.unet.state_dict(),
+            "ema": self.ema.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scale_factor": self.statistics.scale_factor,
+            "latent_mean": self.statistics.mean,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unet.load_state_dict(state["unet"])
+        self.ema.network.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.statistics = LatentStatistics(state["latent_mean"], state["scale_factor"])
+
+    def start_from(self, folder: Path) -> None:
+        """Begin with published weights, and keep the normalisation that they know.
+
+        Raises:
+            WeightsError: they are missing, or of another architecture or schedule.
+        """
+        path = folder / UNET
+        tensors, card = read_weights(path, DiffusionCard)
+        check_definition(path, card.definition, self.cfg.diffusion_def, "diffusion_def")
+        check_definition(path, card.schedule, self.cfg.noise_schedule, "NoiseScheduler")
+        self.statistics = LatentStatistics(tensors.pop(LATENT_MEAN), card.scale_factor)
+        load_into(self.unet, tensors, path)
+        load_into(self.ema.network, tensors, path)

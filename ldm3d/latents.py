@@ -1,0 +1,180 @@
+"""The latent cache: every training volume is encoded once, then read from a memory map.
+
+Kept are mean and standard deviation of the posterior, never one fixed sample of it: a network that sees the same
+sample in every epoch learns its noise by heart.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.networks.nets import AutoencoderKL
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm3d import distributed
+from ldm3d.console import log, progress
+from ldm3d.errors import OutputError
+from ldm3d.files import require_writable, write_text
+
+CACHE_VERSION = 1
+Volumes = Dataset[dict[str, object]]
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Of all training latents: what brings them to zero mean (where centred) and unit spread.
+
+    Args:
+        mean: (C, X, Y, Z) to subtract, or zeros (1, 1, 1, 1).
+        scale_factor: to multiply by afterwards, 1 / standard deviation (Rombach et al. 2022, section G).
+    """
+
+    mean: Tensor
+    scale_factor: float
+
+    def normalise(self, latent: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) from the autoencoder -> what diffusion works on."""
+        return (latent - self.mean.to(latent.device)) * self.scale_factor
+
+    def restore(self, latent: Tensor) -> Tensor:
+        """Inverse of `normalise`."""
+        return latent / self.scale_factor + self.mean.to(latent.device)
+
+
+class LatentCache:
+    """Posterior mean and standard deviation of every training volume, float16, on disk.
+
+    Args:
+        folder: an entry made by `build_latent_cache`.
+    """
+
+    def __init__(self, folder: Path):
+        self.posteriors = np.load(folder / "posteriors.npy", mmap_mode="r")
+        self.cases: list[str] = json.loads((folder / "index.json").read_text())["cases"]
+
+    def __len__(self) -> int:
+        return len(self.posteriors)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, X, Y, Z)."""
+        return self.posteriors.shape[-4:]
+
+    def sample(self, indices: Sequence[int], device: torch.device, flip: bool = False) -> Tensor:
+        """Draw fresh latents (B, C, X, Y, Z), float32, from the global random state.
+
+        Args:
+            indices: volumes, by position in the cache.
+            device: where the latents go.
+            flip: mirror left and right at random, if the mirrored volumes were encoded too.
+        """
+        variants = self.posteriors.shape[1]
+        sides = torch.randint(0, variants if flip else 1, (len(indices),)).tolist()
+        picked = np.stack([self.posteriors[i, side] for i, side in zip(indices, sides, strict=True)])
+        mean, sigma = torch.from_numpy(picked).to(device).float().unbind(1)
+        return mean + sigma * torch.randn(mean.shape).to(device)
+
+    def mean(self, index: int, device: torch.device) -> Tensor:
+        """Posterior mean of one volume, (1, C, X, Y, Z), float32."""
+        return torch.from_numpy(self.posteriors[index, 0, :1].astype(np.float32)).to(device)
+
+    def statistics(self, centre: bool) -> LatentStatistics:
+        """Mean and spread over the whole training set, each process reading its share.
+
+        Args:
+            centre: subtract the mean of each latent voxel, for data that lie in one template space.
+        """
+        rank, world = distributed.rank(), distributed.world_size()
+        total = torch.zeros(2, *self.latent_shape, dtype=torch.float64)
+        count = torch.zeros(1, dtype=torch.float64)
+        for i in range(rank, len(self), world):
+            mean, sigma = torch.from_numpy(self.posteriors[i].astype(np.float64)).unbind(1)
+            total[0] += mean.sum(0)
+            total[1] += (mean.square() + sigma.square()).sum(0)
+            count += len(mean)
+        device = distributed.collective_device()
+        total = distributed.all_sum(total.to(device)).cpu()
+        count = distributed.all_sum(count.to(device)).cpu()
+        voxel_mean, voxel_square = total / count
+        if centre:
+            variance = (voxel_square - voxel_mean.square()).mean()
+        else:
+            variance = voxel_square.mean() - voxel_mean.mean().square()
+        mean = voxel_mean.float() if centre else torch.zeros(1, 1, 1, 1)
+        return LatentStatistics(mean, float(variance.rsqrt()))
+
+
+def build_latent_cache(
+    root: Path,
+    autoencoder: AutoencoderKL,
+    autoencoder_sha256: str,
+    volumes: Volumes,
+    contents: Sequence[str],
+    flip: bool,
+    device: torch.device,
+) -> LatentCache:
+    """Encode what has not been encoded yet, all processes together, each its share.
+
+    Args:
+        root: folder of all cache entries.
+        autoencoder: in evaluation mode, on `device`.
+        autoencoder_sha256: digest of its weights; other weights make another entry.
+        volumes: `volumes[i]["image"]` is (1, X, Y, Z) in [0, 1], `volumes[i]["case"]` its name.
+        contents: digest of each volume's content and preparation.
+        flip: encode the mirrored volumes too.
+        device: where to encode.
+
+    Raises:
+        OutputError: the cache cannot be written.
+    """
+    count = len(contents)
+    image_shape = list(volumes[0]["image"].shape)  # type: ignore[attr-defined]
+    key = json.dumps([CACHE_VERSION, autoencoder_sha256, list(contents), flip, image_shape])
+    folder = root / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    finished = distributed.broadcast_object((folder / "index.json").is_file())
+    if not finished:
+        _encode_all(folder, autoencoder, volumes, count, flip, device)
+        log(f"latents of {count} volumes are in {folder}")
+    return LatentCache(folder)
+
+
+def _encode_all(
+    folder: Path, autoencoder: AutoencoderKL, volumes: Volumes, count: int, flip: bool, device: torch.device
+) -> None:
+    """Fill one memory map together; its index, written last, says that it is whole."""
+    path = folder / "posteriors.npy"
+    if distributed.is_main():
+        require_writable(folder)
+        first, _ = _encode(autoencoder, volumes, 0, flip, device)
+        try:
+            np.lib.format.open_memmap(path, "w+", np.float16, (count, *first.shape)).flush()
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    distributed.barrier()
+    store = np.lib.format.open_memmap(path, "r+")
+    share = range(distributed.rank(), count, distributed.world_size())
+    cases = {}
+    for i in progress(share, "encoding", unit="volume"):
+        store[i], cases[i] = _encode(autoencoder, volumes, i, flip, device)
+    store.flush()
+    merged = {i: name for part in distributed.gather_objects(cases) for i, name in part.items()}
+    if distributed.is_main():
+        write_text(folder / "index.json", json.dumps({"cases": [merged[i] for i in range(count)]}))
+    distributed.barrier()
+
+
+@torch.inference_mode()
+def _encode(
+    autoencoder: AutoencoderKL, volumes: Volumes, index: int, flip: bool, device: torch.device
+) -> tuple[np.ndarray, str]:
+    """Posterior (V, 2, C, X, Y, Z) of a volume and, where wanted, of its mirror image: V = 1 or 2."""
+    item = volumes[index]
+    image: Tensor = item["image"]  # type: ignore[assignment]
+    views = torch.stack([image, image.flip(1)] if flip else [image]).to(device)
+    mean, sigma = autoencoder.encode(views)
+    return torch.stack([mean, sigma], dim=1).half().cpu().numpy(), str(item["case"])

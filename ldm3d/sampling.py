@@ -1,0 +1,153 @@
+"""Noise -> latent -> volume. One Sampler for the script, the service and the notebook.
+
+Volume i of a request depends on (weights, settings, seed, i) alone. Its noise comes from a generator of its own, on
+the CPU; and inside a batch nothing is computed otherwise than alone: see `batch_invariant`.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from monai.networks.nets import AutoencoderKL
+from torch import Tensor, nn
+
+from ldm3d.diffusion import choose_sampler, sample_latent
+from ldm3d.errors import ConfigError, WeightsError
+from ldm3d.files import sha256
+from ldm3d.latents import LatentStatistics
+from ldm3d.training import Precision
+from ldm3d.weights import AUTOENCODER, UNET, DiffusionCard, load_autoencoder, load_unet
+
+LARGEST_SEED = 2**63 - 1
+
+
+class Sampler:
+    """Generates volumes with trained weights.
+
+    Args:
+        autoencoder: decodes the latents.
+        unet: denoises them.
+        statistics: how latents were normalised in training.
+        card: what the diffusion network was trained with.
+        device: where to compute.
+        amp: mixed precision where the device has it.
+        digests: of the weights' files, for provenance.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        unet: nn.Module,
+        statistics: LatentStatistics,
+        card: DiffusionCard,
+        device: torch.device,
+        amp: bool = True,
+        digests: dict[str, str] | None = None,
+    ):
+        self.autoencoder = autoencoder.to(device).eval()
+        self.unet = unet.to(device).eval()
+        self.statistics = statistics
+        self.card = card
+        self.device = device
+        self.precision = Precision(amp, device)
+        self.digests = digests or {}
+
+    @classmethod
+    def from_folder(cls, model_dir: Path, device: torch.device, amp: bool = True) -> "Sampler":
+        """Load published weights.
+
+        Raises:
+            WeightsError: they are missing, damaged, or do not belong together.
+        """
+        autoencoder, _ = load_autoencoder(model_dir)
+        unet, mean, card = load_unet(model_dir)
+        digests = {name: sha256(model_dir / name) for name in (AUTOENCODER, UNET)}
+        if digests[AUTOENCODER] != card.autoencoder_sha256:
+            raise WeightsError(
+                f"{model_dir / UNET}: was trained on the latents of another {AUTOENCODER} than the one beside it; "
+                "put the two that belong together into one folder, or train the diffusion model again"
+            )
+        statistics = LatentStatistics(mean, card.scale_factor)
+        return cls(autoencoder, unet, statistics, card, device, amp, digests)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        seed: int,
+        indices: Sequence[int],
+        scheduler: str | None = None,
+        steps: int | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> Tensor:
+        """Generate the volumes `indices` of a request together.
+
+        Args:
+            seed: of the request, 0 to 2^63 - 1.
+            indices: which of the request's volumes.
+            scheduler: ddpm, ddim, pndm or rflow; None for the default of the training.
+            steps: network evaluations; None for the scheduler's default.
+            on_step: called after each step with its number.
+
+        Returns:
+            (B, 1, X, Y, Z) float32 in [0, 1], on the CPU.
+
+        Raises:
+            ConfigError: the scheduler does not fit the training, or seed or steps are out of range.
+        """
+        name, count = choose_sampler(self.card.schedule, scheduler, steps)
+        generators = [volume_generator(seed, index) for index in indices]
+        noise = torch.stack([torch.randn(self.card.latent_shape, generator=g) for g in generators]).to(self.device)
+        with batch_invariant(self.unet):
+            latents = sample_latent(self._denoise, noise, generators, self.card.schedule, name, count, on_step)
+        return torch.cat([self.decode(latent[None]) for latent in latents])
+
+    def _denoise(self, latent: Tensor, timesteps: Tensor) -> Tensor:
+        alone = len(latent) == 1 and self.device.type == "cpu"
+        if alone:
+            latent, timesteps = latent.repeat(2, 1, 1, 1, 1), timesteps.repeat(2)
+        with self.precision.autocast():
+            prediction = self.unet(latent, timesteps=timesteps).float()
+        return prediction[:1] if alone else prediction
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Scaled latent (1, C, X, Y, Z) -> volume (1, 1, X', Y', Z') in [0, 1], float32 on the CPU."""
+        with self.precision.autocast():
+            volume = self.autoencoder.decode(self.statistics.restore(latent))
+        return volume.float().clamp(*self.card.intensity_range).cpu()
+
+
+def volume_generator(seed: int, index: int) -> torch.Generator:
+    """The random numbers of volume `index` of a request; streams of different (seed, index) have nothing in common.
+
+    Raises:
+        ConfigError: the seed is out of range.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"seed {seed}: must be between 0 and {LARGEST_SEED}")
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@contextmanager
+def batch_invariant(unet: nn.Module) -> Iterator[None]:
+    """Make a sample's result on the CPU the same, bit for bit, whatever else is in its batch.
+
+    Two things differ with the batch there: matrix products of few rows (the timestep's embedding) use another kernel,
+    and so do 3-D convolutions of one single sample. So rows are multiplied one by one here, and the Sampler gives a
+    lone sample a twin, which costs nothing: torch's convolution of one takes as long as that of two.
+    """
+    handles = [module.register_forward_hook(_row_by_row) for module in unet.modules() if isinstance(module, nn.Linear)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _row_by_row(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    (rows,) = inputs
+    if rows.ndim != 2:
+        return output
+    return torch.cat([nn.functional.linear(row, linear.weight, linear.bias) for row in rows.split(1)])
