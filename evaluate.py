@@ -136,7 +136,7 @@ def judge(
     if reconstructed:
         report.add("reconstruction", lambda: reconstruction(reference, reconstructed))
     report.add("fidelity", lambda: fidelity(reference, synthetic, reconstructed, mean_of(training)))
-    report.add("interior", lambda: interior(reference, synthetic))
+    report.add("interior", lambda: interior(reference, synthetic, reconstructed))
     report.add("diversity", lambda: diversity(reference, synthetic))
 
 

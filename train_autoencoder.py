@@ -163,4 +163,4 @@ def validate(stage: AutoencoderStage, loader: Any, cfg: Config, run: utils.Run, 
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    utils.run_script(main, "interrupted; go on with --resume")

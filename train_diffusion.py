@@ -193,4 +193,4 @@ def preview(stage: DiffusionStage, latents: Latents, cfg: Config, run: utils.Run
 
 
 if __name__ == "__main__":
-    utils.run_script(main)
+    utils.run_script(main, "interrupted; go on with --resume")

@@ -120,8 +120,8 @@ def _interrupts_noted(run: Run) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run `main`; turn a `UserError` into one line and exit status 2, Ctrl-C into 130."""
+def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -> None:
+    """Run `main`; turn a `UserError` into one line and exit status 2, Ctrl-C into `after_interrupt` and 130."""
     try:
         main()
     except UserError as error:
@@ -132,5 +132,5 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(EXIT_USER_ERROR) from None
     except KeyboardInterrupt:
         if distributed.is_main():
-            print("interrupted; go on with --resume", file=sys.stderr)
+            print(after_interrupt, file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None

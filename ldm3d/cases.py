@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,8 @@ ALIASES = {
 }
 _CONTRAST_OF = {alias: contrast for contrast, aliases in ALIASES.items() for alias in aliases}
 _LABEL_NAMES = ("seg", "label", "mask")
-_SPLITS = ("train", "validation")
+# What MONAI's lists call the two sides of a split, and what we do.
+_SIDES = {"training": "train", "validation": "validation"}
 _FOLDERS_DEEP = 3
 _HOW_TO_GET_DATA = (
     "set data_base_dir in the environment file to where the data is, or get some: "
@@ -196,11 +197,11 @@ def _listed(datalist: Path, root: Path, channel: int) -> list[Case]:
     path = next((path for path in (datalist, root / datalist) if path.is_file()), None)
     if path is None:
         raise DataError(f"data.datalist {datalist}: there is no such file, nor {root / datalist}")
-    rows = _rows_of_csv(path) if path.suffix.lower() == ".csv" else _rows_of_json(path, _json(path), _SPLIT_KEYS)
+    rows = _rows_of_csv(path) if path.suffix.lower() == ".csv" else _rows_of_json(path, _json(path), tuple(_SIDES))
     cases, left_out = [], 0
     for place, row in rows:
-        if row.get("split") and row["split"] not in _SPLITS:
-            raise DataError(f"{place}: split {row['split']!r} must be one of {', '.join(_SPLITS)}, or empty")
+        if row.get("split") and row["split"] not in _SIDES.values():
+            raise DataError(f"{place}: split {row['split']!r} must be one of {', '.join(_SIDES.values())}, or empty")
         if row.get("modality") and _contrast(row["modality"]) != CHANNELS[channel]:
             left_out += 1
             continue
@@ -213,9 +214,6 @@ def _listed(datalist: Path, root: Path, channel: int) -> list[Case]:
     if left_out:
         log(f"{path}: {left_out} rows of other contrasts than {CHANNELS[channel]} left out")
     return cases
-
-
-_SPLIT_KEYS = ("training", "validation")
 
 
 def _beside(path: Path, root: Path, entry: str) -> Path:
@@ -238,7 +236,7 @@ def _rows_of_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _rows_of_json(path: Path, content: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of a list of objects, or of an object with such lists under `keys`; "validation" sets the row's split."""
+    """Rows of a list of objects, or of an object with such lists under `keys`, each of which then names a side."""
     if isinstance(content, list):
         content = {"": content}
     elif not isinstance(content, dict) or not any(key in content for key in keys):
@@ -250,7 +248,7 @@ def _rows_of_json(path: Path, content: Any, keys: tuple[str, ...]) -> Iterator[t
         for index, row in enumerate(rows):
             place = f"{path}: entry {index} of {key or 'the list'}"
             if len(lists) > 1 and isinstance(row, Mapping):
-                row = {"split": dict(zip(_SPLIT_KEYS, _SPLITS, strict=True))[key], **row}
+                row = {"split": _SIDES[key], **row}
             yield _checked_row(place, row)
 
 
@@ -288,6 +286,5 @@ def _contrast(name: str) -> str | None:
 
 def _name_of(image: Path, *folders: Path) -> str:
     """The path within the data set, without suffix and separators: unique, and the same on every machine."""
-    parents: Iterable[Path] = (folder for folder in folders if image.is_relative_to(folder))
-    folder = next(iter(parents), image.parent)
+    folder = next((folder for folder in folders if image.is_relative_to(folder)), image.parent)
     return "_".join([*image.relative_to(folder).parts[:-1], stem_of(image)])

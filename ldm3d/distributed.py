@@ -17,7 +17,7 @@ def launched_by_torchrun() -> bool:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
@@ -30,7 +30,8 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    return rank() == 0
+    """Whether this process speaks for all; known from torchrun's environment before they have joined."""
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
 
 
 def choose_device() -> torch.device:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from ldm3d.metrics import Metric, make_metric
+from ldm3d.metrics import Metric, TooFewVolumes, make_metric
 
 LIKE_REAL = "1 is like real"
 # Voxels under the brain's surface that are partly air.
@@ -41,7 +41,9 @@ def _otsu(values: np.ndarray) -> float:
     return float(edges[1 + np.nanargmax(between)])
 
 
-def interior(real: Sequence[np.ndarray], synthetic: Sequence[np.ndarray]) -> dict[str, Metric]:
+def interior(
+    real: Sequence[np.ndarray], synthetic: Sequence[np.ndarray], reconstructed: Sequence[np.ndarray] | None = None
+) -> dict[str, Metric]:
     """Sharpness and interior structure of synthetic volumes, as ratios to the real set's.
 
     All are measured deeper than a quarter of the brain's largest depth, with air and rim replaced by the median of the
@@ -56,10 +58,16 @@ def interior(real: Sequence[np.ndarray], synthetic: Sequence[np.ndarray]) -> dic
     Args:
         real: reference set; its mean is the unit.
         synthetic: the same grid and spacing, because lengths are in voxels.
+        reconstructed: reconstructions of real volumes, if there are any: what the autoencoder alone takes away.
+
+    Raises:
+        TooFewVolumes: a set is empty.
     """
-    references = [_inside(volume) for volume in real]
-    samples = [_inside(volume) for volume in synthetic]
-    n = {"real": len(references), "synthetic": len(samples)}
+    if not len(real) or not len(synthetic):
+        raise TooFewVolumes(f"needs real and synthetic volumes; there are {len(real)} and {len(synthetic)}")
+    sets = {"real": real, "synthetic": synthetic, "reconstructions": reconstructed if reconstructed is not None else []}
+    figures = {name: [_inside(volume) for volume in volumes] for name, volumes in sets.items()}
+    n = {"real": len(real), "synthetic": len(synthetic)}
     where = "deeper than 1/4 of the brain"
     how = {
         "sharpness": f"mean gradient magnitude, {where}",
@@ -69,7 +77,10 @@ def interior(real: Sequence[np.ndarray], synthetic: Sequence[np.ndarray]) -> dic
         "central_bright": "share of voxels deeper than 1/2 of the brain that are 25 % above the median of the brain",
     }
     keys = dict(zip(how, ("gradient", "band", "spread", "dark", "bright"), strict=True))
-    return {name: _ratio(references, samples, keys[name], n, how[name]) for name in how}
+    return {
+        name: _ratio({of: [f[keys[name]] for f in found] for of, found in figures.items()}, n, how[name])
+        for name in how
+    }
 
 
 def _inside(volume: np.ndarray) -> dict[str, float]:
@@ -96,16 +107,17 @@ def _inside(volume: np.ndarray) -> dict[str, float]:
     }
 
 
-def _ratio(
-    real: Sequence[dict[str, float]], synthetic: Sequence[dict[str, float]], key: str, n: dict[str, int], how: str
-) -> Metric:
+def _ratio(figures: dict[str, list[float]], n: dict[str, int], how: str) -> Metric:
+    """Mean of the synthetic figures over the mean of the real ones."""
     how = f"{how}; divided by the mean of the real set"
-    unit = float(np.mean([figures[key] for figures in real]))
+    unit = float(np.mean(figures["real"]))
     if unit < 1e-9:
         return make_metric(np.nan, LIKE_REAL, n, how)
-    references = np.array([figures[key] for figures in real]) / unit
-    samples = np.array([figures[key] for figures in synthetic]) / unit
-    low, high = references.min(), references.max()
-    within = float(((samples >= low) & (samples <= high)).mean())
-    spread = {"real": [float(low), float(high)], "synthetic": [float(samples.min()), float(samples.max())]}
-    return make_metric(samples.mean(), LIKE_REAL, n, how, {"min_max": spread, "synthetic_within_real": within})
+    real, synthetic = np.array(figures["real"]) / unit, np.array(figures["synthetic"]) / unit
+    references = {
+        "min_max": {name: [float(r.min()), float(r.max())] for name, r in (("real", real), ("synthetic", synthetic))},
+        "synthetic_within_real": float(((synthetic >= real.min()) & (synthetic <= real.max())).mean()),
+    }
+    if figures["reconstructions"]:
+        references["reconstructions"] = float(np.mean(figures["reconstructions"])) / unit
+    return make_metric(synthetic.mean(), LIKE_REAL, n, how, references)

@@ -155,7 +155,7 @@ def write_volume(
         with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
             image.to_stream(file)
         if sidecar is not None:
-            write_text(path.with_name(f"{stem_of(path)}.json"), json.dumps(sidecar, indent=2) + "\n")
+            write_text(path.with_name(f"{stem_of(path)}.json"), json.dumps(sidecar, indent=2, allow_nan=False) + "\n")
 
 
 def _image(path: Path, volume: np.ndarray, spacing: Sequence[float], dtype: str) -> Any:

@@ -113,8 +113,12 @@ def draw_report(
         numbers = f"{start + 1} to {min(stop, len(synthetic))}"
         rows[f"generated {numbers}"] = list(_cells(synthetic[start:stop], synthetic.names[start:stop]))
         if copies:
-            rows[f"nearest training volumes of {numbers}"] = [_nearest(training, c) for c in copies[start:stop]]
-    montage({name: cells for name, cells in rows.items() if cells}, spacing, path, title="Evaluation")
+            rows[f"nearest training volumes of {numbers}, relative distance"] = [
+                _nearest(training, c) for c in copies[start:stop]
+            ]
+    marked = any(copy["closer_than_all_real"] for copy in copies or [])
+    title = "Evaluation" + "   (COPY?: closer to a training volume than every held-out real volume is)" * marked
+    montage({name: cells for name, cells in rows.items() if cells}, spacing, path, title)
 
 
 def _cells(volumes: Sequence[np.ndarray], names: Sequence[str]) -> Iterator[Cell]:
@@ -123,7 +127,6 @@ def _cells(volumes: Sequence[np.ndarray], names: Sequence[str]) -> Iterator[Cell
 
 def _nearest(training: Volumes, copy: dict[str, Any]) -> Cell:
     volume = training[training.names.index(copy["nearest"])]
-    caption = f"{copy['nearest']}   relative distance {copy['relative_distance']:.2f}"
-    if copy["closer_than_all_real"]:
-        caption += ", closer than any held-out volume"
-    return Cell(volume[::-1] if copy["mirrored"] else volume, caption=caption + (", mirrored" * copy["mirrored"]))
+    mark = "COPY?   " if copy["closer_than_all_real"] else ""
+    caption = f"{mark}{copy['relative_distance']:.2f}   {copy['nearest']}" + ", mirrored" * copy["mirrored"]
+    return Cell(volume[::-1] if copy["mirrored"] else volume, caption=caption)

@@ -151,7 +151,7 @@ def _receive(response: Any, url: str, part: Path, space_factor: float) -> None:
         if sent_from != str(start) or validator != _known_validator(url, part):
             forget(part)
             raise _Broken("the file on the server has changed, starting over")
-        log(f"going on at {start / GIB:.2f} GiB")
+        log(f"going on after {start / CHUNK:,.0f} MiB")
     elif start:
         log("the server sends the file from its beginning: it has changed, or the server cannot resume")
         start = 0

@@ -16,6 +16,8 @@ PREPARATION = 1
 """Number of this way of preparing; raise it when a change here gives other voxels, so that caches are made anew."""
 
 SPACING_TOLERANCE_MM = 1e-3
+STRIPPED_SHARE = 0.25
+"""Share of voxels that are exactly 0 from which on a volume counts as skull-stripped."""
 _FWHM = 2.3548  # full width at half maximum of a Gaussian of standard deviation 1
 
 
@@ -66,7 +68,9 @@ def resample(volume: np.ndarray, old: Sequence[float], new: Sequence[float]) -> 
 def scale_intensity(volume: np.ndarray, name: str) -> np.ndarray:
     """Map the whole volume's `PERCENTILES` to 0 and 1, and clip what lies outside.
 
-    This comes before any crop, so that a voxel's value does not depend on what else a crop contains.
+    This comes before any crop, so that a voxel's value does not depend on what else a crop contains. Where air is
+    exactly 0, as in skull-stripped data, negative values are the ringing of somebody's interpolation: they count as 0,
+    else the air of these volumes would be grey and that of others black.
 
     Returns:
         float32 in [0, 1], same shape.
@@ -74,6 +78,8 @@ def scale_intensity(volume: np.ndarray, name: str) -> np.ndarray:
     Raises:
         DataError: both percentiles are the same intensity.
     """
+    if np.count_nonzero(volume) < (1 - STRIPPED_SHARE) * volume.size:
+        volume = np.maximum(volume, 0)
     low, high = percentiles(volume, PERCENTILES)
     if not high > low:
         raise DataError(f"{name}: is nearly empty: its {PERCENTILES[1]} % percentile is its lowest value, {low:g}")

@@ -150,38 +150,6 @@ def load_unet(model_dir: Path) -> tuple[DiffusionModelUNet, Tensor, DiffusionCar
     return network.eval().requires_grad_(False), latent_mean, card
 
 
-def read_tutorial_weights(path: Path, network: Network) -> Network:
-    """Load a `.pt` file of the MONAI tutorial, made with `monai` or the older `monai-generative`.
-
-    Only tensors are read: a pickle that would run code is refused by torch's `weights_only` loader.
-
-    Raises:
-        WeightsError: the file is damaged, holds code, or belongs to another architecture.
-    """
-    state = read_pickled(path)
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise WeightsError(f"{path}: does not hold a state dict of tensors")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if network.state_dict().keys() == state.keys():
-        return load_into(network, state, path)
-    renamed = _renamed(network, dict(state), path)
-    return load_into(network, renamed, path)
-
-
-def _renamed(network: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names of `monai-generative` in today's; every tensor must find its place."""
-    untouched = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    try:
-        network.load_old_state_dict(state)  # takes what it uses out of `state`
-    except (KeyError, RuntimeError) as error:
-        network.load_state_dict(untouched)
-        raise WeightsError(f"{path}: weights of another architecture ({error})") from error
-    if state:
-        raise WeightsError(f"{path}: weights of another architecture: no place for {sorted(state)[0]}")
-    return network.state_dict()
-
-
 def read_pickled(path: Path) -> Any:
     """`torch.load` that executes nothing and says what is wrong. Raises `WeightsError`."""
     if not path.is_file():

@@ -40,7 +40,10 @@ def seen(cfg: Config, env: Environment) -> dict[str, Any]:
     return {
         "split": [[case.name for case in side] for side in (prepared.split.train, prepared.split.validation)],
         "prepared": prepared_here,
-        "sum": float(sum(prepared.cache.load(case).sum() for case in prepared.split.train)),
+        "volumes are right": [
+            bool(np.allclose(prepared.cache.load(case), load_prepared(case, cfg.spacing), atol=1e-4))
+            for case in prepared.split.train + prepared.split.validation
+        ],
         "train": train,
         "validation": validation,
         "decoded later": decoded[len(prepared_here) :],

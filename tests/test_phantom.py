@@ -1,5 +1,6 @@
 """The embedded data set: anatomy, contrasts, layout, and that it does not depend on how it is made."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -13,6 +14,7 @@ from scipy import ndimage
 from ldm3d import phantom
 from ldm3d.errors import DataError, UserError
 from ldm3d.phantom import Phantom, make_phantom, write_dataset
+from ldm3d.phantom_anatomy import draw_anatomy
 
 FLAIR, T1W, T1GD, T2W = range(4)
 EDEMA, NECROSIS, RIM = 1, 2, 3
@@ -101,6 +103,29 @@ def test_ventricles_are_there_and_vary(subjects):
     assert max(volumes) > 3 * min(volumes)
 
 
+def changed(monkeypatch, **anatomy) -> Phantom:
+    """Subject 11 with parts of its anatomy set by hand."""
+    with monkeypatch.context() as patch:
+        patch.setattr(phantom, "draw_anatomy", lambda rng: dataclasses.replace(draw_anatomy(rng), **anatomy))
+        return make_phantom(11, 0)
+
+
+def test_ventricles_and_sulci_widen_as_asked(monkeypatch):
+    narrow, wide = (changed(monkeypatch, ventricles=(mm, mm)) for mm in (-1.5, 5.0))
+    assert ventricle_ml(wide) > 2.5 * ventricle_ml(narrow)
+    left = changed(monkeypatch, ventricles=(5.0, -1.5))
+    dark = tissues(left)["csf"] & ~tissues(narrow)["csf"]
+    assert dark[:24].sum() > 3 * dark[24:].sum()
+    tight, open_ = (tissues(changed(monkeypatch, sulci=log))["csf"].sum() for log in (0.0, 1.5))
+    assert open_ > 1.3 * tight
+
+
+def test_ages_differ():
+    drawn = [draw_anatomy(np.random.default_rng(seed)) for seed in range(60)]
+    assert np.std([anatomy.ventricles for anatomy in drawn]) > 1.2
+    assert np.std([anatomy.sulci for anatomy in drawn]) > 0.25
+
+
 def test_tumour_lies_in_the_brain_with_all_its_classes(subjects):
     for subject in subjects:
         brain = (subject.image > 0).all(0)
@@ -156,6 +181,14 @@ def test_a_subject_keeps_its_anatomy_at_any_spacing(subjects):
     assert (fine.label >= 2).sum() * 2.4**3 == pytest.approx((coarse.label >= 2).sum() * 3.2**3, rel=0.2)
     ends = [(p.affine @ [*np.argwhere(p.label >= NECROSIS).mean(0), 1])[:3] for p in (fine, coarse)]
     assert np.linalg.norm(ends[0] - ends[1]) < 2
+
+
+def test_a_voxel_shows_the_mean_of_what_it_covers(subjects):
+    coarse = subjects[2].image[T1W]
+    fine = make_phantom(2, 0, (96, 128, 96), 1.6).image[T1W].reshape(48, 2, 64, 2, 48, 2).mean((1, 3, 5))
+    inner = ndimage.binary_erosion(coarse > 0, iterations=2)
+    # Sampling the template without averaging it first gives 0.045, mostly along borders; noise alone gives 0.015.
+    assert (fine - coarse)[inner].std() / np.percentile(coarse[inner], 95) < 0.038
 
 
 def test_a_grid_that_cuts_the_brain_is_the_users_choice():

@@ -77,7 +77,8 @@ def test_with_a_store_no_case_ever_changes_sides(tmp_path: Path, capsys: pytest.
     # A part of the data, another seed and fraction: still the same sides.
     assert held_out(split_cases(many(15), 0.5, 3, store)) == {name for name in grown if name < "case_015"}
     assert "cases keep their side although" in capsys.readouterr().err
-    # Those that were away come back.
+    # Those that were away come back, also if others came meanwhile.
+    split_cases(many(15) + many(1, 100), 0.2, 0, store)
     assert held_out(split_cases(many(60), 0.2, 0, store)) == grown
 
 

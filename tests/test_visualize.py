@@ -1,4 +1,4 @@
-import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +12,21 @@ SCRIPT = Path(__file__).parents[1] / "visualize_image.py"
 SHAPE = (16, 20, 12)
 
 
-def run(folder, *arguments):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the script in this process, in `tmp_path`: (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["visualize_image.py", *arguments])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture
@@ -30,43 +41,63 @@ def save(tmp_path):
     return write
 
 
-def test_pictures_of_every_kind_of_file(tmp_path, save):
+def test_as_a_user_does(tmp_path, save):
+    three = save("three.nii.gz", np.random.default_rng(0).random(SHAPE) * 1000)
+    command = [sys.executable, str(SCRIPT), three]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "three.png\n", "")
+    assert np.asarray(Image.open(tmp_path / "three.png")).max() > 200
+
+
+def test_pictures_of_every_kind_of_file(tmp_path, save, run):
     rng = np.random.default_rng(0)
-    three = save("three.nii.gz", rng.random(SHAPE) * 1000)
+    three = save("three.nii.gz", rng.integers(0, 9, SHAPE))
     four = save("four.nii", rng.random((*SHAPE, 2)) - 0.5)
-    done = run(tmp_path, three, four)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == ["three.png", "four.png"]
-    for name in ("three.png", "four.png"):
-        assert np.asarray(Image.open(tmp_path / name)).max() > 200
-    assert run(tmp_path, three, four, "--output", "out/all.png").stdout.strip() == str(Path("out/all.png"))
-    assert (tmp_path / "out" / "all.png").exists()
+    assert run(three, four) == (0, "three.png\nfour.png\n", "")
+    assert run(three, four, "--output", "out/all.png")[:2] == (0, f"{Path('out/all.png')}\n")
+    one, both = (np.asarray(Image.open(tmp_path / name)) for name in ("three.png", "out/all.png"))
+    assert both.shape[0] > 1.5 * one.shape[0]
 
 
-def test_label_and_channel(tmp_path, save):
+def test_label_and_channel(tmp_path, save, run):
     label = np.zeros(SHAPE)
     label[4:9, 5:12, 3:8] = 1
     four = save("four.nii.gz", np.random.default_rng(0).random((*SHAPE, 2)))
-    save("seg.nii.gz", label)
-    done = run(tmp_path, four, "--channel", 1, "--label", "seg.nii.gz")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert run(four, "--channel", "1", "--label", save("seg.nii.gz", label))[0] == 0
     pixels = np.asarray(Image.open(tmp_path / "four.png").convert("RGB")).astype(int)
     assert (pixels[..., 0] - pixels[..., 1] > 100).any()
 
 
-def test_errors_are_one_line_and_status_2(tmp_path, save):
-    (tmp_path / "text.nii.gz").write_text("hello")
-    good = save("good.nii.gz", np.ones(SHAPE))
-    other = save("other_grid.nii.gz", np.ones((4, 4, 4)))
-    for arguments, complaint in (
+def test_volume_with_nan_is_shown_and_said(tmp_path, save, run):
+    volume = np.random.default_rng(0).random(SHAPE)
+    volume[3] = np.nan
+    assert run(save("nan.nii.gz", volume))[0] == 0
+    assert run(save("all_nan.nii.gz", np.full(SHAPE, np.nan)))[0] == 0
+
+
+def test_too_many_channels_ask_for_a_choice(save, run):
+    many = save("many.nii.gz", np.zeros((2, 2, 2, 20)))
+    status, _, shown = run(many)
+    assert status == 2 and "has 20 channels; choose one with --channel" in shown
+    assert run(many, "--channel", "19")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
         (["text.nii.gz"], "text.nii.gz: cannot be read as NIfTI"),
-        ([good, "--channel", 3], "good.nii.gz: has no channel 3"),
-        ([good, "--label", other], "other_grid.nii.gz: lies on another grid"),
-        ([good, other, "--label", good], "--label belongs to one volume"),
+        (["good.nii.gz", "--channel", "3"], "good.nii.gz: has no channel 3"),
+        (["good.nii.gz", "--label", "other.nii.gz"], "other.nii.gz: lies on another grid"),
+        (["good.nii.gz", "other.nii.gz", "--label", "good.nii.gz"], "--label belongs to one volume"),
         ([], "FILE"),
-    ):
-        done = run(tmp_path, *arguments)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-        assert complaint in done.stderr
+    ],
+)
+def test_errors_are_one_line_and_status_2(tmp_path, save, run, arguments, complaint):
+    (tmp_path / "text.nii.gz").write_text("hello")
+    save("good.nii.gz", np.ones(SHAPE))
+    save("other.nii.gz", np.ones((4, 4, 4)))
+    status, _, shown = run(*arguments)
+    assert status == 2
+    assert shown.startswith("error: ") and shown.count("\n") == 1
+    assert complaint in shown
     assert not list(tmp_path.glob("*.png"))
