@@ -37,6 +37,9 @@ def main() -> None:
         if args.dry_run:
             dry_run(stage, loaders)
         else:
+            if args.init_from:
+                # What it starts with is the first candidate: a training that makes it worse publishes nothing.
+                judge(stage, loaders[1], cfg, env, run, position, facts)
             fit(stage, loaders, cfg, env, run, position, facts)
 
 
@@ -77,7 +80,7 @@ def begin(
         return Position(state["epoch"], state["step"], state["best"])
     if args.init_from:
         stage.start_from(args.init_from)
-        log(f"continuing from the weights in {args.init_from}")
+        log(f"going on from the weights in {args.init_from}")
     else:
         stage.start_fresh(first_look(data))
     return Position()
@@ -100,7 +103,7 @@ def announce(cfg: Config, data: Prepared, stage: AutoencoderStage, run: utils.Ru
 
 
 def dry_run(stage: AutoencoderStage, loaders: tuple[Any, Any]) -> None:
-    terms = stage.train_step(next(iter(loaders[0])), 0, adversarial=True)
+    terms = stage.train_step(next(iter(loaders[0])), 0, stage.has_discriminator)
     validation, _ = stage.validate([next(iter(loaders[1]))])
     log(f"dry run: one step { ({k: round(float(v), 4) for k, v in terms.items()}) }, one validation {validation}")
 
@@ -125,10 +128,7 @@ def fit(
         position.epoch += 1
         validation: dict[str, float] = {}
         if position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs:
-            validation = validate(stage, loaders[1], cfg, run, position)
-            if validation["l1"] < position.best:
-                position.best = validation["l1"]
-                stage.publish(env.model_dir, {**facts, "step": position.step}, validation)
+            validation = judge(stage, loaders[1], cfg, env, run, position, facts)
         averages = epoch_log.averages()
         loss = sum(averages[name] for name in epoch_log.shares())
         epoch_log.report(position.epoch, train.max_epochs, loss, validation)
@@ -141,7 +141,7 @@ def fit(
 def train_one_epoch(stage: AutoencoderStage, loader: Any, cfg: Config, run: utils.Run, position: Position) -> EpochLog:
     """The rest of the epoch from `position.step` on; stops early, after a whole step, when it is asked to."""
     epoch_log = EpochLog()
-    adversarial = position.epoch >= cfg.autoencoder_train.adv_warm_up_epochs and cfg.autoencoder_train.adv_weight > 0
+    adversarial = stage.has_discriminator and position.epoch >= cfg.autoencoder_train.adv_warm_up_epochs
     start = position.step - position.epoch * len(loader)
     loader.batch_sampler.set_epoch(position.epoch, start)
     for batch in progress(loader, f"epoch {position.epoch + 1}", len(loader) - start, "step"):
@@ -154,11 +154,23 @@ def train_one_epoch(stage: AutoencoderStage, loader: Any, cfg: Config, run: util
     return epoch_log
 
 
-def validate(stage: AutoencoderStage, loader: Any, cfg: Config, run: utils.Run, position: Position) -> dict[str, float]:
+def judge(
+    stage: AutoencoderStage,
+    loader: Any,
+    cfg: Config,
+    env: Environment,
+    run: utils.Run,
+    position: Position,
+    facts: dict[str, Any],
+) -> dict[str, float]:
+    """Validate; publish the weights if no earlier ones were as good."""
     measures, shown = stage.validate(loader)
     run.tracker.scalars("validation", measures, position.step)
     if shown:
         run.tracker.image("validation/reconstruction", tensorboard_image(*shown, cfg.spacing), position.step)
+    if measures["l1"] < position.best:
+        position.best = measures["l1"]
+        stage.publish(env.model_dir, {**facts, "step": position.step}, measures)
     return measures
 
 

@@ -55,6 +55,9 @@ def main() -> None:
         if args.dry_run:
             dry_run(stage, latents, sampler)
         else:
+            if args.init_from:
+                # What it starts with is the first candidate: a training that makes it worse publishes nothing.
+                judge(stage, latents, env, run, position)
             fit(stage, latents, sampler, cfg, env, run, position)
 
 
@@ -102,7 +105,7 @@ def begin(
         return Position(state["epoch"], state["step"], state["best"])
     if args.init_from:
         stage.start_from(args.init_from)
-        log(f"continuing from the weights in {args.init_from}")
+        log(f"going on from the weights in {args.init_from}")
     return Position()
 
 
@@ -142,11 +145,7 @@ def fit(
         position.epoch += 1
         validation: dict[str, float] = {}
         if position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs:
-            validation = stage.validate(latents.validation)
-            run.tracker.scalars("validation", validation, position.step)
-            if validation["loss"] < position.best:
-                position.best = validation["loss"]
-                stage.publish(env.model_dir, {**latents.facts, "step": position.step}, validation)
+            validation = judge(stage, latents, env, run, position)
         if train.sample_interval and position.epoch % train.sample_interval == 0:
             preview(stage, latents, cfg, run, position)
         averages = epoch_log.averages()
@@ -177,6 +176,18 @@ def train_one_epoch(
         if run.should_stop():
             break
     return epoch_log
+
+
+def judge(
+    stage: DiffusionStage, latents: Latents, env: Environment, run: utils.Run, position: Position
+) -> dict[str, float]:
+    """Validate; publish the weights if no earlier ones were as good."""
+    losses = stage.validate(latents.validation)
+    run.tracker.scalars("validation", losses, position.step)
+    if losses["loss"] < position.best:
+        position.best = losses["loss"]
+        stage.publish(env.model_dir, {**latents.facts, "step": position.step}, losses)
+    return losses
 
 
 def preview(stage: DiffusionStage, latents: Latents, cfg: Config, run: utils.Run, position: Position) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from ldm3d import distributed
+from ldm3d.allocator import keep_freed_memory
 from ldm3d.config import load_config, load_environment
 from ldm3d.errors import ConfigError, UserError
 from ldm3d.files import require_writable
@@ -122,6 +123,7 @@ def _interrupts_noted(run: Run) -> Iterator[None]:
 
 def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -> None:
     """Run `main`; turn a `UserError` into one line and exit status 2, Ctrl-C into `after_interrupt` and 130."""
+    keep_freed_memory()
     try:
         main()
     except UserError as error:

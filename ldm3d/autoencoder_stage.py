@@ -39,6 +39,7 @@ class AutoencoderStage:
 
     def __init__(self, cfg: Config, device: torch.device, total_steps: int):
         self.cfg, self.device = cfg, device
+        self.has_discriminator = cfg.autoencoder_train.adv_weight > 0
         torch.manual_seed(cfg.seed)
         network = build_autoencoder(cfg.autoencoder_def)
         self.autoencoder: AutoencoderKL = prepare_network(network, cfg, device)
@@ -129,8 +130,9 @@ class AutoencoderStage:
             return
         card = AutoencoderCard(definition=self.cfg.autoencoder_def, validation=validation, **facts)
         save_weights(model_dir / AUTOENCODER, self.autoencoder.state_dict(), card)
-        judge = DiscriminatorCard(definition=self.cfg.discriminator_def, **facts)
-        save_weights(model_dir / DISCRIMINATOR, self.discriminator.state_dict(), judge)
+        if self.has_discriminator:
+            judge = DiscriminatorCard(definition=self.cfg.discriminator_def, **facts)
+            save_weights(model_dir / DISCRIMINATOR, self.discriminator.state_dict(), judge)
 
     def start_from(self, folder: Path) -> None:
         """Begin with published weights; the discriminator's too, where there are any."""

@@ -216,3 +216,8 @@ def _warn_of_summed_kl(cfg: Config) -> None:
             f"warning: autoencoder_train.kl_weight {weight:g} looks like the MONAI tutorial's, whose KL is a sum over "
             f"the latent; here it is a mean: the same strength would be {weight * elements:.2g}"
         )
+
+
+if __name__ == "__main__":
+    # python -m ldm3d.config > config/schema.json
+    print(json.dumps(config_schema(), indent=2))

@@ -1,0 +1,72 @@
+# The two commands of the README: `make demo` and `make test`. Each says what it does, and does nothing twice.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+DEMO := -c config/config_demo.json -e config/environment_demo.json
+SCRATCH := -c config/config_demo.json -e config/environment_demo_scratch.json
+WEIGHTS := checkpoints/demo
+NUM_PHANTOMS := 420
+
+.PHONY: help demo demo-scratch sample lint test clean
+
+help:
+	@echo "make demo          train on the embedded data from the demo weights, sample, evaluate (about 10 minutes)"
+	@echo "make demo-scratch  make the demo weights from nothing (up to 2 hours on 2 cores)"
+	@echo "make sample        generate 4 brains with the demo weights (under 3 minutes)"
+	@echo "make test          linters, types and the whole test suite"
+	@echo "make clean         remove what the demo has made, except the data set and the environment"
+
+$(VENV)/run: requirements.txt
+	@echo "== environment: $(VENV), with requirements.txt"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/run
+	@echo "== environment: $(VENV), with requirements-dev.txt"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+data/phantom/Task01_BrainTumour/dataset.json: | $(VENV)/run
+	@echo "== data: $(NUM_PHANTOMS) embedded brains with tumours"
+	@$(PY) download_brats_data.py -e config/environment_demo.json --phantom $(NUM_PHANTOMS)
+
+demo: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
+	@echo "== stage 1: the autoencoder, going on from the demo weights in $(WEIGHTS)"
+	@$(PY) train_autoencoder.py $(DEMO) --init-from $(WEIGHTS)
+	@echo "== stage 2: the diffusion model, going on from the demo weights in $(WEIGHTS)"
+	@$(PY) train_diffusion.py $(DEMO) --init-from $(WEIGHTS)
+	@echo "== stage 3: 8 new brains"
+	@$(PY) inference.py $(DEMO) --num 8
+	@echo "== stage 4: how good they are"
+	@$(PY) evaluate.py $(DEMO) --synthetic results/demo --output results/demo/metrics.json
+	@echo "== look at results/demo/montage.png (the 8 brains) and results/demo/metrics.png (beside real ones);"
+	@echo "   figures are in results/demo/metrics.json, training curves in: $(VENV)/bin/tensorboard --logdir runs/demo"
+
+# How the committed weights were made. Longer than the demo, otherwise the same.
+demo-scratch: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
+	@echo "== stage 1 from nothing"
+	@$(PY) train_autoencoder.py $(SCRATCH) --set autoencoder_train.max_epochs=12 --set autoencoder_train.lr=1e-3
+	@echo "== stage 2 from nothing"
+	@$(PY) train_diffusion.py $(SCRATCH) --set diffusion_train.max_epochs=100 --set diffusion_train.lr=1.5e-3
+	@$(PY) inference.py $(SCRATCH) --num 8
+	@$(PY) evaluate.py $(SCRATCH) --synthetic results/demo_scratch --output results/demo_scratch/metrics.json
+	@echo "== weights are in checkpoints/demo_scratch, pictures in results/demo_scratch"
+
+sample: $(VENV)/run
+	@echo "== 4 brains with the demo weights in $(WEIGHTS)"
+	@$(PY) inference.py -c config/config_demo.json -e config/environment_sample.json --num 4
+
+lint: $(VENV)/dev
+	@echo "== linters and types"
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+test: lint
+	@echo "== tests"
+	@$(PY) -m pytest -n 2
+
+clean:
+	rm -rf results runs checkpoints/demo_run checkpoints/demo_scratch data/phantom/cache
