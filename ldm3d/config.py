@@ -6,6 +6,7 @@ other `$` expression is refused.
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -29,6 +30,7 @@ OLD_KEYS = {
 }
 TARGETS = {"autoencoder_def": "AutoencoderKL", "diffusion_def": "DiffusionModelUNet"}
 KNOWN_PACKAGES = ("monai.networks.nets", "generative.networks.nets")
+REFERENCE = r"\$?@(\w+)"
 # Below this a KL weight can only be meant for the tutorial's sum over the whole latent.
 SMALLEST_MEAN_KL_WEIGHT = 1e-6
 
@@ -46,6 +48,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     raw = _read_json(path)
     raw.pop("$schema", None)
+    # Before the overrides too, so that they meet the new names, whichever the file uses.
+    _translate_old_names(raw, path)
     for override in overrides:
         _apply_override(raw, override)
     raw = _resolve(raw, raw, str(path), "")
@@ -63,22 +67,24 @@ def load_environment(path: str | Path) -> Environment:
 def config_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of configuration files, for editors; `config/schema.json` holds it."""
     schema = Config.model_json_schema(by_alias=True)
-    reference = {"type": "string", "pattern": r"^\$?@\w+$", "description": "the value of another key"}
+    reference = {"type": "string", "pattern": f"^{REFERENCE}$", "description": "the value of another key"}
     for model in [*schema["$defs"].values(), schema]:
         for name, prop in model.get("properties", {}).items():
             if "$ref" not in prop and "discriminator" not in prop and name != "type":
                 described = {key: prop.pop(key) for key in ("description", "default", "title") if key in prop}
                 model["properties"][name] = {**described, "anyOf": [prop, reference]}
     for section, name in (("AutoencoderDef", "AutoencoderKL"), ("DiffusionDef", "DiffusionModelUNet")):
-        schema["$defs"][section]["properties"]["_target_"] = {"const": f"{KNOWN_PACKAGES[0]}.{name}"}
-    schema["properties"]["$schema"] = {"type": "string"}
+        target = {"description": "The class that is built; may be left out.", "const": f"{KNOWN_PACKAGES[0]}.{name}"}
+        schema["$defs"][section]["properties"]["_target_"] = target
+    schema["properties"]["$schema"] = {"description": "This file, for editors.", "type": "string"}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        # Editors on Windows put a byte-order mark first, which "utf-8-sig" passes over.
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -87,6 +93,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
     except _DuplicateKey as error:
         raise ConfigError(f"{path}: key {error} stands twice") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested as deep
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold a JSON object, not {type(raw).__name__}")
     return raw
@@ -110,6 +118,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override}: must have the form a.b=value")
     *sections, last = key.split(".")
+    last = OLD_KEYS.get(key, last)
     target = raw
     for section in sections:
         target = target.setdefault(section, {})
@@ -117,7 +126,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {section} has no keys of its own")
     try:
         target[last] = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         target[last] = text
 
 
@@ -129,11 +138,12 @@ def _resolve(value: Any, root: dict[str, Any], file: str, place: str, seen: tupl
         return [_resolve(item, root, file, place, seen) for item in value]
     if not isinstance(value, str) or not value.startswith(("@", "$")):
         return value
-    if not value.startswith(("@", "$@")) or not value.lstrip("$@").isidentifier():
+    reference = re.fullmatch(REFERENCE, value)
+    if not reference:
         raise ConfigError(
             f"{file}: {place}: {value!r} is an expression; configurations may only refer to keys, as @name"
         )
-    name = value.lstrip("$@")
+    name = reference[1]
     if name not in root:
         raise ConfigError(f"{file}: {place}: {value!r} refers to {name!r}, which the file does not have")
     if name in seen:
@@ -181,9 +191,12 @@ def _validate(model: type[Model], raw: dict[str, Any], path: Path) -> Model:
         raise ConfigError(f"{path}: " + "; ".join(dict.fromkeys(problems))) from None
 
 
+# pydantic names the kind of schedule, and each type that a value could have, as if they were keys.
+_TYPE_IN_LOCATION = re.compile(r"ddpm|rflow|constrained-\w+|tuple\[.*\]")
+
+
 def _problem(model: type[BaseModel], problem: Any) -> str:
-    # pydantic names the chosen kind of schedule as if it were a key.
-    location = [str(part) for part in problem["loc"] if part not in ("ddpm", "rflow")]
+    location = [str(part) for part in problem["loc"] if not _TYPE_IN_LOCATION.fullmatch(str(part))]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(location[-1], _keys_at(model, location[:-1]), n=1)

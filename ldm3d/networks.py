@@ -64,7 +64,11 @@ class PatchAutoencoderKL(AutoencoderKL):
 
     @torch.no_grad()
     def start_with_principal_components(self, images: Tensor) -> None:
-        """Make the fresh network equal to the principal components of the images' blocks, each of unit variance.
+        """Make the fresh network equal to the principal components of the images' blocks.
+
+        Each latent channel gets the square root of its component's spread, all together unit variance: between equal
+        spread, which would make diffusion spend as much care on the faintest detail as on the brightness of a block
+        (and leave blocks visible), and the components' own, which would drown the detail.
 
         Args:
             images: (N, 1, X, Y, Z), some of the training volumes.
@@ -77,11 +81,12 @@ class PatchAutoencoderKL(AutoencoderKL):
         variances, directions = torch.linalg.eigh(torch.cov(blocks))
         leading = variances.argsort(descending=True)[: self.latent_channels]
         spread = variances[leading].clamp_min(1e-8).sqrt()[:, None]
+        scale = (spread.mean() / spread).sqrt() / spread.mean()  # of components -> latents: spread^1/2, mean square 1
         components = directions[:, leading].T
-        self.project.weight.copy_((components / spread).view_as(self.project.weight))
-        project_bias.copy_((-(components @ mean) / spread).flatten())
+        self.project.weight.copy_((components * scale).view_as(self.project.weight))
+        project_bias.copy_((-(components @ mean) * scale).flatten())
         nn.init.zeros_(unproject_bias)
-        self.unproject.weight.copy_((components * spread).view_as(self.unproject.weight))
+        self.unproject.weight.copy_((components / scale).view_as(self.unproject.weight))
         nn.init.zeros_(self.quant_conv_mu.conv.weight)
         nn.init.zeros_(self.quant_conv_mu.conv.bias)
         last = self.decoder.blocks[-1].conv

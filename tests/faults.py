@@ -1,0 +1,74 @@
+"""What can happen to a running script, at a chosen place: signals, a kill, a full disk. See `warm.py`."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def signal_at_step(name: str, step: int) -> None:
+    """Signal the process group, as Ctrl-C in a terminal does, in the training step of this number, from 0."""
+    from ldm3d.autoencoder_stage import AutoencoderStage
+    from ldm3d.diffusion_stage import DiffusionStage
+
+    for stage in (AutoencoderStage, DiffusionStage):
+        _before(stage, "train_step", lambda _, batch, number, *more: number == step and _signal(name))
+
+
+def kill_while_saving(number: int) -> None:
+    """Die with one half of the training state written, at the save of this number, from 1."""
+    import torch
+
+    saved: list[Path] = []
+
+    def die(state: Any, path: Path) -> None:
+        saved.append(path)
+        if len(saved) == number:
+            path.write_bytes(b"half")
+            _signal("SIGKILL")
+
+    _before(torch, "save", die)
+
+
+def interrupt_while_writing(number: int) -> None:
+    """Ctrl-C with one half of a generated volume written, the one of this number, from 1."""
+    import nibabel
+
+    written: list[Any] = []
+
+    def interrupt(image: Any, stream: Any) -> None:
+        written.append(image)
+        if len(written) == number:
+            stream.write(image.to_bytes()[:1000])
+            _signal("SIGINT")
+
+    _before(nibabel.Nifti1Image, "to_stream", interrupt)
+
+
+def full_disk(nbytes: int) -> None:
+    """No file can grow beyond so many bytes: the system answers as it does where a disk is full."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+
+
+def full_disk_while_saving(nbytes: int) -> None:
+    """`full_disk` from the first time on that training state is saved."""
+    import torch
+
+    _before(torch, "save", lambda *_: full_disk(nbytes))
+
+
+def _signal(name: str) -> None:
+    os.killpg(0, getattr(signal, name))
+
+
+def _before(owner: Any, name: str, action: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        action(*args)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)

@@ -1,0 +1,78 @@
+"""Start the project's scripts in processes of their own, without each of them paying for its imports.
+
+    python tests/warm.py serve      imports everything once, then forks for each request, a line of JSON on stdin
+    python tests/warm.py REQUEST    becomes the one script that is asked for
+
+A request is `{"script", "args", "cwd", "env", "stdout", "stderr", "timeout", "faults"}`. The forked process is a real
+one: it has its own signals, limits, exit status and files, and ends by itself as the script does when it is started
+by hand.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import faults
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = (
+    "download_brats_data",
+    "train_autoencoder",
+    "train_diffusion",
+    "inference",
+    "evaluate",
+    "visualize_image",
+)
+
+
+def serve() -> dict[str, Any]:
+    """Answer requests until stdin ends; return in each forked process, with its request."""
+    sys.path[0] = str(ROOT)
+    for name in SCRIPTS:
+        importlib.import_module(name)
+    gc.freeze()  # else the first collection in each child would copy all that the parent holds
+    for line in sys.stdin:
+        start = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            return json.loads(line)
+        _, status = os.waitpid(pid, 0)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # what a killed script has left running
+        answer = {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - start}
+        print(json.dumps(answer), flush=True)
+    raise SystemExit
+
+
+def become(request: dict[str, Any]) -> None:
+    """Turn this process into what a shell would start."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # signals to the group reach the script and its loader processes, as Ctrl-C does, and no one else
+        signal.alarm(request["timeout"])
+    for descriptor, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        (2, request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+    ):
+        os.dup2(os.open(path, flags), descriptor)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.path[0] = str(ROOT)
+    sys.argv = [str(ROOT / request["script"]), *request["args"]]
+    for name, *arguments in request["faults"]:
+        getattr(faults, name)(*arguments)
+
+
+if __name__ == "__main__":
+    request = serve() if sys.argv[1] == "serve" else json.loads(sys.argv[1])
+    become(request)
+    runpy.run_path(str(ROOT / request["script"]), run_name="__main__")
