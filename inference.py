@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -148,7 +148,9 @@ def file_name(seed: int, index: int) -> str:
     return f"synimg_{seed}_{index}.nii.gz"
 
 
-def write(output: Path, sampler: Sampler, volume: torch.Tensor, settings: dict[str, Any], dtype: str) -> None:
+def write(
+    output: Path, sampler: Sampler, volume: torch.Tensor, settings: dict[str, Any], dtype: Literal["float32", "int16"]
+) -> None:
     """The volume, and beside it how it was made."""
     sidecar = {
         **settings,

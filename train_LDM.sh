@@ -5,7 +5,7 @@ set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 config=$root/config/config_train_multigpu.json
 environment=$root/config/environment.json
-gpus=
+gpus=all
 
 usage() {
   cat <<'END'
@@ -13,7 +13,7 @@ usage: train_LDM.sh [--gpus N] [--config FILE] [--env FILE] [-- ARGUMENT ...]
 
 Train the autoencoder, then the diffusion model, with one process for each GPU.
 
-  -g, --gpus N       GPUs to train on; 0 trains on the CPU (default: all that this machine has)
+  -g, --gpus N       GPUs to train on; 0 trains on the CPU (default: all, those of this machine)
   -c, --config FILE  training configuration (default: config/config_train_multigpu.json)
   -e, --env FILE     where to read and write (default: config/environment.json)
   -h, --help         show this text and stop
@@ -52,14 +52,14 @@ while (($#)); do
     *) fail "unknown argument: $1" ;;
   esac
 done
-[[ $gpus =~ ^[0-9]*$ ]] || fail "--gpus $gpus: must be a number"
+[[ $gpus =~ ^(all|0|[1-9][0-9]{0,3})$ ]] || fail "--gpus '$gpus': must be a number, or all"
 
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=$(command -v python || command -v python3) || fail "no python found"
 
 # A mistake that shows before the processes start is one line; from within them torchrun makes a traceback of it.
 look='
-import sys
+import contextlib, sys
 sys.path[0] = sys.argv.pop(1)
 import torch
 import utils
@@ -67,7 +67,8 @@ from ldm3d.cases import find_cases
 
 def look():
     sys.argv[0] = "train_LDM.sh"
-    args = utils.training_parser("").parse_args()
+    with contextlib.redirect_stdout(sys.stderr):
+        args = utils.training_parser("").parse_args()
     cfg, env = utils.read_settings(args)
     find_cases(env.data_base_dir, cfg.data, cfg.channel)
     print(torch.cuda.device_count(), env.model_dir)
@@ -75,10 +76,15 @@ def look():
 utils.run_script(look)
 '
 found=$("$python" -c "$look" "$root" -c "$config" -e "$environment" "$@")
+[[ $found ]] || exit 0 # -- --help
 read -r available model_dir <<<"$found"
-gpus=${gpus:-$available}
+[[ $gpus != all ]] || gpus=$available
 ((gpus <= available)) || fail "--gpus $gpus: this machine has $available GPU(s)"
+place="$gpus GPU(s)"
+processes=$gpus
 if ((gpus == 0)); then
+  place='the CPU'
+  processes=1
   export CUDA_VISIBLE_DEVICES=
   set -- --set ddp_backend=gloo "$@"
 fi
@@ -86,8 +92,8 @@ fi
 run_stage() {
   local script=$1
   shift
-  echo "train_LDM.sh: $script on $((gpus)) GPU(s)" >&2
-  "$python" -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node=$((gpus > 0 ? gpus : 1)) \
+  echo "train_LDM.sh: $script on $place" >&2
+  "$python" -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc-per-node="$processes" \
     "$root/$script" -c "$config" -e "$environment" -g "$gpus" "$@"
 }
 

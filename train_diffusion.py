@@ -18,9 +18,9 @@ from ldm3d.files import sha256
 from ldm3d.latents import LatentCache, build_latent_cache
 from ldm3d.montage import tensorboard_image
 from ldm3d.networks import count_parameters
-from ldm3d.progress import EpochLog, Position
+from ldm3d.progress import EpochLog, Position, rounded
 from ldm3d.sampling import Sampler
-from ldm3d.schema import Config, Environment
+from ldm3d.schema import Config
 from ldm3d.training import seed_step
 from ldm3d.weights import AUTOENCODER, AutoencoderCard, check_definition, load_autoencoder
 
@@ -45,26 +45,22 @@ def main() -> None:
     with utils.training_run(cfg, env, args, "diffusion") as run:
         autoencoder, card = load_autoencoder(env.model_dir)
         check_definition(env.model_dir / AUTOENCODER, card.definition, cfg.autoencoder_def, "autoencoder_def")
-        data = prepare_data(cfg, env)
-        latents = encode(autoencoder, card, cfg, env, data, run)
+        latents = encode(autoencoder, card, prepare_data(cfg, env), run)
         sampler = EpochSampler(len(latents.train), cfg.diffusion_train.batch_size, cfg.seed)
         statistics = latents.train.statistics(cfg.diffusion_train.center_latents)
         stage = DiffusionStage(cfg, run.device, cfg.diffusion_train.max_epochs * len(sampler), statistics)
-        position = begin(stage, cfg, env, run, args, latents)
-        announce(cfg, latents, stage, run)
+        position = begin(stage, latents, run)
+        announce(stage, latents, run)
         if args.dry_run:
             dry_run(stage, latents, sampler)
         else:
-            if args.init_from:
-                # What it starts with is the first candidate: a training that makes it worse publishes nothing.
-                judge(stage, latents, env, run, position)
-            fit(stage, latents, sampler, cfg, env, run, position)
+            with utils.interrupts_noted(run):
+                fit(stage, latents, sampler, run, position)
 
 
-def encode(
-    autoencoder: Any, card: AutoencoderCard, cfg: Config, env: Environment, data: Prepared, run: utils.Run
-) -> Latents:
+def encode(autoencoder: Any, card: AutoencoderCard, data: Prepared, run: utils.Run) -> Latents:
     """Latents of the middle `patch_size` of every volume, from the cache where they were made before."""
+    cfg, env = run.cfg, run.env
     autoencoder = autoencoder.to(run.device)
     digest = sha256(env.model_dir / AUTOENCODER)
     caches = []
@@ -95,81 +91,68 @@ def fingerprint(cfg: Config, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def begin(
-    stage: DiffusionStage, cfg: Config, env: Environment, run: utils.Run, args: Any, latents: Latents
-) -> Position:
+def begin(stage: DiffusionStage, latents: Latents, run: utils.Run) -> Position:
     """Resume, or start with given weights, or start fresh."""
     if run.resume:
-        state = load_state(env.model_dir / LAST, fingerprint(cfg, latents.facts))
+        state = load_state(run.env.model_dir / LAST, fingerprint(run.cfg, latents.facts))
         stage.load_state_dict(state["stage"])
         return Position(state["epoch"], state["step"], state["best"])
-    if args.init_from:
-        stage.start_from(args.init_from)
-        log(f"going on from the weights in {args.init_from}")
+    if run.init_from:
+        stage.start_from(run.init_from)
+        log(f"going on from the weights in {run.init_from}")
     return Position()
 
 
-def announce(cfg: Config, latents: Latents, stage: DiffusionStage, run: utils.Run) -> None:
-    shape = "x".join(map(str, cfg.latent_shape))
+def announce(stage: DiffusionStage, latents: Latents, run: utils.Run) -> None:
+    shape = "x".join(map(str, run.cfg.latent_shape))
     log(
         f"diffusion: {count_parameters(stage.unet) / 1e6:.2f} M parameters on {run.device}, "
         f"{distributed.world_size()} process(es); {len(latents.train)} training and {len(latents.validation)} "
         f"validation latents {shape}; scale factor {stage.statistics.scale_factor:.4f}"
     )
-    run.tracker.text("config", f"```json\n{cfg.model_dump_json(indent=2, by_alias=True)}\n```")
+    run.tracker.text("config", f"```json\n{run.cfg.model_dump_json(indent=2, by_alias=True)}\n```")
 
 
 def dry_run(stage: DiffusionStage, latents: Latents, sampler: EpochSampler) -> None:
     indices = [visit % len(latents.train) for _, visit in next(iter(sampler))]
     terms = stage.train_step(latents.train.sample(indices, stage.device), 0, [latents.train.cases[i] for i in indices])
-    log(f"dry run: one step { ({k: round(float(v), 4) for k, v in terms.items()}) }")
+    log(f"dry run: one step {rounded(terms)}")
 
 
-def fit(
-    stage: DiffusionStage,
-    latents: Latents,
-    sampler: EpochSampler,
-    cfg: Config,
-    env: Environment,
-    run: utils.Run,
-    position: Position,
-) -> None:
+def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: utils.Run, position: Position) -> None:
     """Every epoch: train, now and then validate, publish what is best, save what the next step needs."""
-    train = cfg.diffusion_train
-    marks = fingerprint(cfg, latents.facts)
+    train, last = run.cfg.diffusion_train, run.env.model_dir / LAST
+    marks = fingerprint(run.cfg, latents.facts)
+    if run.init_from:
+        # What it starts with is the first candidate: a training that makes it worse publishes nothing.
+        judge(stage, latents, run, position)
     while position.epoch < train.max_epochs:
-        epoch_log = train_one_epoch(stage, latents, sampler, cfg, run, position)
+        epoch_log = train_one_epoch(stage, latents, sampler, run, position)
         if run.should_stop():
-            save_state(env.model_dir / LAST, position.state(stage.state_dict(), marks))
+            save_state(last, position.state(stage.state_dict(), marks))
             raise KeyboardInterrupt
         position.epoch += 1
-        validation: dict[str, float] = {}
-        if position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs:
-            validation = judge(stage, latents, env, run, position)
+        due = position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs
+        validation = judge(stage, latents, run, position) if due else {}
         if train.sample_interval and position.epoch % train.sample_interval == 0:
-            preview(stage, latents, cfg, run, position)
+            preview(stage, latents, run, position)
         averages = epoch_log.averages()
         epoch_log.report(position.epoch, train.max_epochs, averages["loss"], validation)
         run.tracker.scalars("train", averages | {"learning_rate": stage.optimizer.learning_rate}, position.step)
-        save_state(env.model_dir / LAST, position.state(stage.state_dict(), marks))
+        save_state(last, position.state(stage.state_dict(), marks))
 
 
 def train_one_epoch(
-    stage: DiffusionStage,
-    latents: Latents,
-    sampler: EpochSampler,
-    cfg: Config,
-    run: utils.Run,
-    position: Position,
+    stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: utils.Run, position: Position
 ) -> EpochLog:
     """The rest of the epoch from `position.step` on; stops early, after a whole step, when it is asked to."""
     epoch_log = EpochLog()
     start = position.step - position.epoch * len(sampler)
     sampler.set_epoch(position.epoch, start)
     for keys in progress(sampler, f"epoch {position.epoch + 1}", len(sampler) - start, "step"):
-        seed_step(cfg.seed, position.step)
+        seed_step(run.cfg.seed, position.step)
         indices = [visit % len(latents.train) for _, visit in keys]
-        batch = latents.train.sample(indices, run.device, cfg.diffusion_train.flip)
+        batch = latents.train.sample(indices, run.device, run.cfg.diffusion_train.flip)
         values = stage.train_step(batch, position.step, [latents.train.cases[i] for i in indices])
         epoch_log.add(values, len(indices) * distributed.world_size())
         position.step += 1
@@ -178,20 +161,19 @@ def train_one_epoch(
     return epoch_log
 
 
-def judge(
-    stage: DiffusionStage, latents: Latents, env: Environment, run: utils.Run, position: Position
-) -> dict[str, float]:
+def judge(stage: DiffusionStage, latents: Latents, run: utils.Run, position: Position) -> dict[str, float]:
     """Validate; publish the weights if no earlier ones were as good."""
     losses = stage.validate(latents.validation)
     run.tracker.scalars("validation", losses, position.step)
     if losses["loss"] < position.best:
         position.best = losses["loss"]
-        stage.publish(env.model_dir, {**latents.facts, "step": position.step}, losses)
+        stage.publish(run.env.model_dir, {**latents.facts, "step": position.step}, losses)
     return losses
 
 
-def preview(stage: DiffusionStage, latents: Latents, cfg: Config, run: utils.Run, position: Position) -> None:
+def preview(stage: DiffusionStage, latents: Latents, run: utils.Run, position: Position) -> None:
     """Generated volumes in three planes, for TensorBoard."""
+    cfg = run.cfg
     if not distributed.is_main():
         return
     card = stage.card({**latents.facts, "step": position.step}, {})

@@ -69,11 +69,14 @@ def read_settings(args: argparse.Namespace) -> tuple[Config, Environment]:
 
 @dataclass
 class Run:
-    """What a training run stands on: its device, its tracker, and whether it was asked to stop."""
+    """What a training run stands on: its settings, its device, its tracker, and whether it was asked to stop."""
 
+    cfg: Config
+    env: Environment
     device: torch.device
     tracker: Tracker
     resume: bool
+    init_from: Path | None
     stop_requested: bool = False
 
     def should_stop(self) -> bool:
@@ -84,7 +87,7 @@ class Run:
 
 @contextmanager
 def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage: str) -> Iterator[Run]:
-    """Check what can be checked early, join the other processes, catch Ctrl-C until the step is done.
+    """Check what can be checked early, join the other processes, open the event file.
 
     Raises:
         ConfigError: arguments contradict each other or the machine.
@@ -100,14 +103,12 @@ def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage:
         distributed.process_group(cfg.ddp_backend, cfg.ddp_timeout_seconds) as device,
         Tracker(env.tfevent_path / stage) as tracker,
     ):
-        run = Run(device, tracker, resume)
-        with _interrupts_noted(run):
-            yield run
+        yield Run(cfg, env, device, tracker, resume, args.init_from)
 
 
 @contextmanager
-def _interrupts_noted(run: Run) -> Iterator[None]:
-    """The first Ctrl-C asks the run to stop after its step; the second one stops it at once."""
+def interrupts_noted(run: Run) -> Iterator[None]:
+    """Within, the first Ctrl-C asks the run to stop after its step; the second one stops it at once."""
 
     def note(signum: int, frame: FrameType | None) -> None:
         if run.stop_requested:

@@ -1,6 +1,6 @@
 """Stage 1: one training step of the autoencoder and its discriminator, validation, publication."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,10 @@ class AutoencoderStage:
         self.discriminator_optimizer.step(loss)
         return loss.detach()
 
-    def start_fresh(self, images: Tensor) -> None:
-        """Use some training volumes (N, 1, X, Y, Z) for a good start, where the network knows how."""
+    def start_fresh(self, first_look: Callable[[], Tensor]) -> None:
+        """Let a network that knows how use some training volumes (N, 1, X, Y, Z) for a good start."""
         if isinstance(self.autoencoder, PatchAutoencoderKL):
-            self.autoencoder.start_with_principal_components(images.to(self.device))
+            self.autoencoder.start_with_principal_components(first_look().to(self.device))
 
     @torch.inference_mode()
     def reconstruct(self, image: Tensor) -> Tensor:

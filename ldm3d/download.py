@@ -43,6 +43,7 @@ def download_dataset(root: str | Path, url: str = URL, checksum: str = MD5) -> N
         log(f"{root / TASK}: is there already")
         return
     require_writable(root)
+    root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
         archive = root / ARCHIVE
         given = archive.is_file()

@@ -58,15 +58,17 @@ def write_text(target: str | Path, text: str) -> None:
 
 
 def require_writable(folder: str | Path) -> None:
-    """Make `folder` and try a file in it, so that a run fails before its work, not after it.
+    """Try a file in `folder`, or where it would be made, so that a run fails before its work, not after it.
+
+    Nothing is left behind: a run that is refused for another reason makes no folders.
 
     Raises:
         OutputError: the folder cannot be made or written to.
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest) as probe:
             probe.write(b"probe")
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written to: {error.strerror or error}") from error

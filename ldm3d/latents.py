@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ldm3d import distributed
 from ldm3d.console import log, progress
 from ldm3d.errors import OutputError
-from ldm3d.files import require_writable, write_text
+from ldm3d.files import write_text
 
 CACHE_VERSION = 1
 Volumes = Dataset[dict[str, object]]
@@ -149,9 +149,9 @@ def _encode_all(
     """Fill one memory map together; its index, written last, says that it is whole."""
     path = folder / "posteriors.npy"
     if distributed.is_main():
-        require_writable(folder)
         first, _ = _encode(autoencoder, volumes, 0, flip, device)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(path, "w+", np.float16, (count, *first.shape)).flush()
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

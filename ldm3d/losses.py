@@ -44,6 +44,16 @@ class AutoencoderLoss(nn.Module):
         # MONAI applies a LeakyReLU before the squares unless told otherwise; least squares (Mao et al. 2017) has none.
         self.adversarial = PatchAdversarialLoss(criterion="least_squares", no_activation_leastsq=True)
 
+    def formula(self) -> str:
+        """The loss with its weights, for people: `l1 + 0.001 kl + 0.01 adversarial from epoch 6`."""
+        train = self.train_cfg
+        terms = [train.recon_loss, f"{train.kl_weight:g} kl"]
+        if self.perceptual is not None:
+            terms.append(f"{train.perceptual_weight:g} perceptual ({train.perceptual_network})")
+        if train.adv_weight:
+            terms.append(f"{train.adv_weight:g} adversarial from epoch {train.adv_warm_up_epochs + 1}")
+        return " + ".join(terms)
+
     def generator(
         self, image: Tensor, reconstruction: Tensor, mean: Tensor, sigma: Tensor, verdict: Tensor | None
     ) -> dict[str, Tensor]:

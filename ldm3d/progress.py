@@ -69,6 +69,11 @@ class EpochLog:
         )
 
 
+def rounded(values: Mapping[str, Tensor] | Mapping[str, float]) -> str:
+    """`name value, name value`, to four digits."""
+    return ", ".join(f"{name} {float(value):.4g}" for name, value in values.items())
+
+
 def _duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours:

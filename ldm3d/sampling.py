@@ -6,7 +6,7 @@ the CPU; and inside a batch nothing is computed otherwise than alone: see `batch
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -99,7 +99,7 @@ class Sampler:
         name, count = choose_sampler(self.card.schedule, scheduler, steps)
         generators = [volume_generator(seed, index) for index in indices]
         noise = torch.stack([torch.randn(self.card.latent_shape, generator=g) for g in generators]).to(self.device)
-        with batch_invariant(self.unet):
+        with batch_invariant(self.unet) if self.device.type == "cpu" else nullcontext():
             latents = sample_latent(self._denoise, noise, generators, self.card.schedule, name, count, on_step)
         return torch.cat([self.decode(latent[None]) for latent in latents])
 
@@ -134,11 +134,13 @@ def volume_generator(seed: int, index: int) -> torch.Generator:
 def batch_invariant(unet: nn.Module) -> Iterator[None]:
     """Make a sample's result on the CPU the same, bit for bit, whatever else is in its batch.
 
-    Two things differ with the batch there: matrix products of few rows (the timestep's embedding) use another kernel,
-    and so do 3-D convolutions of one single sample. So rows are multiplied one by one here, and the Sampler gives a
-    lone sample a twin, which costs nothing: torch's convolution of one takes as long as that of two.
+    Three things differ with the batch there. Matrix products of few rows use another kernel, and the last elements of a
+    SiLU, where they do not fill a vector register, another exponential: both are computed sample by sample here. So do
+    3-D convolutions of one single sample: the Sampler gives it a twin, which costs nothing, as torch's convolution of
+    one takes as long as that of two.
     """
-    handles = [module.register_forward_hook(_row_by_row) for module in unet.modules() if isinstance(module, nn.Linear)]
+    kinds = nn.Linear | nn.SiLU
+    handles = [module.register_forward_hook(_one_by_one) for module in unet.modules() if isinstance(module, kinds)]
     try:
         yield
     finally:
@@ -146,8 +148,5 @@ def batch_invariant(unet: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _row_by_row(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    (rows,) = inputs
-    if rows.ndim != 2:
-        return output
-    return torch.cat([nn.functional.linear(row, linear.weight, linear.bias) for row in rows.split(1)])
+def _one_by_one(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return torch.cat([module.forward(sample) for sample in inputs[0].split(1)])

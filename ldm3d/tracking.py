@@ -19,8 +19,15 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, first_step: int = 0):
-        purge = first_step if first_step else None
-        self.writer = SummaryWriter(str(folder), purge_step=purge) if distributed.is_main() else None
+        self.folder, self.first_step = folder, first_step
+        self._writer: SummaryWriter | None = None
+
+    @property
+    def writer(self) -> SummaryWriter | None:
+        """Of rank 0; made when there is something to write, so that a run which is refused leaves no file."""
+        if self._writer is None and distributed.is_main():
+            self._writer = SummaryWriter(str(self.folder), purge_step=self.first_step or None)
+        return self._writer
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -40,5 +47,5 @@ class Tracker:
         return self
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self.writer:
-            self.writer.close()
+        if self._writer:
+            self._writer.close()

@@ -30,8 +30,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Desk:
     with FileLock(shared / "trained.lock"):
         if not (folder / "said.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            _train(Desk(folder))
-    return Desk.at(folder)
+            _train(Desk(folder).furnish())
+    return Desk(folder)
 
 
 def _train(desk: Desk) -> None:
@@ -60,7 +60,7 @@ def said(trained: Desk) -> dict[str, Result]:
 @pytest.fixture
 def desk(trained: Desk, tmp_path: Path) -> Desk:
     """A desk of its own with the data of `trained`, and nothing else yet."""
-    return Desk(tmp_path / "desk", trained.data)
+    return Desk(tmp_path / "desk", trained.data).furnish()
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ CONFIG: dict[str, Any] = {
     "data": {"num_workers": 0},
 }
 """Both stages in seconds: networks of 8 channels, volumes of 24 x 32 x 24 voxels of 6 mm."""
+MATPLOTLIB = "matplotlib"
 NUM_CASES, NUM_TRAIN, STEPS_PER_EPOCH = 10, 9, 4
 
 
@@ -82,20 +83,25 @@ class Desk:
     Args:
         folder: everything but the data is in it; also the current folder of the scripts.
         data: the data set; `data` in the folder by default.
-        config: what the configuration says.
     """
 
-    def __init__(self, folder: Path, data: Path | None = None, config: Mapping[str, Any] = CONFIG):
+    def __init__(self, folder: Path, data: Path | None = None):
         self.folder, self.home = folder, folder / "home"
         self.config, self.environment = folder / "config.json", folder / "environment.json"
         self.model, self.runs, self.results = folder / "model", folder / "runs", folder / "results"
         self.data = data or folder / "data"
-        (self.home / "tmp").mkdir(parents=True)
-        self.write_config(config)
-        self.write_environment()
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        self.config.write_text(json.dumps(config))
+    def furnish(self) -> "Desk":
+        """Make the folder with the two files."""
+        (self.home / "tmp").mkdir(parents=True)
+        self.write_config()
+        self.write_environment()
+        return self
+
+    def write_config(self, **changes: Any) -> None:
+        """Write `CONFIG` with other keys; a section's dictionary replaces single keys of that section."""
+        merged = {key: CONFIG.get(key, {}) | value if isinstance(value, dict) else value for key, value in changes.items()}
+        self.config.write_text(json.dumps(CONFIG | merged))
 
     def write_environment(self, **changes: Any) -> None:
         content = {
@@ -118,8 +124,8 @@ class Desk:
         return kept | {
             "HOME": str(self.home),
             "TMPDIR": str(self.home / "tmp"),
-            # Made by matplotlib, which monai imports, in any home that does not have it.
-            "MPLCONFIGDIR": str(WARM.parents[1] / ".pytest_cache" / "matplotlib"),
+            # monai imports matplotlib, which notes the machine's fonts where it has not done so yet.
+            "MPLCONFIGDIR": str(self.home / MATPLOTLIB),
             "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
@@ -197,8 +203,5 @@ class Warm:
 
 def tree(*folders: Path) -> dict[str, str]:
     """Every file and folder below, with a digest of each file's content."""
-    return {
-        str(path): "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
-        for folder in folders
-        for path in sorted(folder.rglob("*"))
-    }
+    found = [path for folder in folders for path in sorted(folder.rglob("*")) if MATPLOTLIB not in path.parts]
+    return {str(path): "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest() for path in found}

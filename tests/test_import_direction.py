@@ -1,0 +1,127 @@
+"""Who may import whom: ldm3d <- utils <- scripts, ldm3d <- mlops, and inside ldm3d only downward in `ORDER`."""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The rooms of ldm3d. Each imports from those above it only, so there is no circle.
+ORDER = """
+    errors files distributed console schema config
+    nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
+    cases checks splits volumes cache data
+    networks losses diffusion weights latents allocator training checkpoint progress sampling tutorial
+    montage features metrics report interior copies
+    autoencoder_stage diffusion_stage tracking
+""".split()
+
+# Packages by what they are imported as, where that is another name.
+DISTRIBUTIONS = {"PIL": "pillow"}
+# Needed although nothing here imports them: attention in monai's U-Net, torch.utils.tensorboard.
+NEEDED_BY_OTHERS = {"einops", "tensorboard"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports, anywhere in it, as dotted names; relative ones begin with a dot."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            whole_package = module in ("ldm3d", ".")
+            yield from (f"ldm3d.{alias.name}" for alias in node.names) if whole_package else [module]
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms of ldm3d that a file imports; `from ldm3d import __version__` names none."""
+    names = [name.removeprefix("ldm3d").lstrip(".") for name in imports(path) if name.startswith(("ldm3d", "."))]
+    return {name.split(".")[0] for name in names} - {"", "__version__"}
+
+
+def upward_imports(package: Path, order: list[str]) -> list[str]:
+    """Imports that do not go downward in `order`."""
+    return [
+        f"{room} imports {other}"
+        for number, room in enumerate(order)
+        for other in sorted(rooms_imported(package / f"{room}.py") - set(order[:number]))
+    ]
+
+
+def scripts() -> list[Path]:
+    return [path for path in sorted(ROOT.glob("*.py")) if path.stem != "utils"]
+
+
+def top_levels(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_every_room_is_in_the_order_once() -> None:
+    found = {path.stem for path in (ROOT / "ldm3d").glob("*.py")} - {"__init__"}
+    assert sorted(ORDER) == sorted(found)
+
+
+def test_ldm3d_imports_downward() -> None:
+    assert upward_imports(ROOT / "ldm3d", ORDER) == []
+
+
+def test_the_package_itself_imports_nothing_of_its_own() -> None:
+    assert rooms_imported(ROOT / "ldm3d" / "__init__.py") == set()
+
+
+def test_errors_imports_nothing() -> None:
+    assert list(imports(ROOT / "ldm3d" / "errors.py")) == []
+
+
+def test_ldm3d_imports_nothing_above_it() -> None:
+    above = {path.stem for path in scripts()} | {"utils", "mlops", "tests", "benchmarks"}
+    for path in (ROOT / "ldm3d").glob("*.py"):
+        assert not top_levels(path) & above, path.name
+
+
+def test_utils_and_mlops_import_no_script_and_mlops_not_utils() -> None:
+    names = {path.stem for path in scripts()}
+    assert not top_levels(ROOT / "utils.py") & (names | {"mlops", "tests"})
+    for path in (ROOT / "mlops").rglob("*.py"):
+        assert not top_levels(path) & (names | {"utils", "tests"}), path
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda path: path.stem)
+def test_no_script_imports_another(script: Path) -> None:
+    assert not top_levels(script) & ({path.stem for path in scripts()} | {"mlops", "tests"})
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import ldm3d.upper",
+        "from ldm3d import upper",
+        "from ldm3d.upper import x",
+        "from ldm3d.upper.part import x",
+        "from . import upper",
+        "from .upper import x",
+        "def f():\n    from ldm3d import upper",
+        "if TYPE_CHECKING:\n    import ldm3d.upper as u",
+        "import ldm3d.lower",
+    ],
+)
+def test_each_way_of_importing_upward_is_seen(tmp_path: Path, statement: str) -> None:
+    (tmp_path / "lower.py").write_text(f"from ldm3d import __version__\nimport json\n{statement}\n")
+    (tmp_path / "upper.py").write_text("from ldm3d.lower import x\n")
+    assert len(upward_imports(tmp_path, ["lower", "upper"])) == 1
+    assert upward_imports(tmp_path, ["upper", "lower"])[0] == "upper imports lower"
+
+
+def test_requirements_are_what_is_imported_in_exact_versions() -> None:
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = [re.fullmatch(r"([a-z0-9-]+)==(\d+(?:\.\d+)+)", line) for line in lines]
+    assert all(pins), lines
+    own = {path.stem for path in ROOT.glob("*.py")} | {"ldm3d"}
+    used = {name for path in [*ROOT.glob("*.py"), *(ROOT / "ldm3d").glob("*.py")] for name in top_levels(path)}
+    third_party = used - own - set(sys.stdlib_module_names)
+    expected = {DISTRIBUTIONS.get(name, name) for name in third_party} | NEEDED_BY_OTHERS
+    assert {pin[1] for pin in pins if pin} == expected
