@@ -22,7 +22,7 @@ from ldm3d.training import seed_step
 
 LAST = "autoencoder_last.pt"
 # What a good start needs to have seen of the training set.
-FIRST_LOOK = 16
+FIRST_LOOK = 32
 
 
 def main() -> None:
@@ -68,6 +68,7 @@ def begin(stage: AutoencoderStage, data: Prepared, run: utils.Run, facts: dict[s
     if run.resume:
         state = load_state(run.env.model_dir / LAST, fingerprint(run.cfg, facts))
         stage.load_state_dict(state["stage"])
+        run.tracker.first_step = state["step"] + 1
         return Position(state["epoch"], state["step"], state["best"])
     if run.init_from:
         stage.start_from(run.init_from)
@@ -116,13 +117,21 @@ def fit(
         position.epoch += 1
         due = position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs
         validation = judge(stage, loaders[1], run, position, facts) if due else {}
-        averages = epoch_log.averages()
-        loss = sum(averages[name] for name in epoch_log.shares())
-        epoch_log.report(position.epoch, train.max_epochs, loss, validation)
-        rate = {"learning_rate": stage.optimizer.learning_rate}
-        run.tracker.scalars("train", averages | rate | {"loss": loss}, position.step)
-        run.tracker.scalars("share", epoch_log.shares(), position.step)
+        report(epoch_log, stage, run, position, validation)
         save_state(last, position.state(stage.state_dict(), marks))
+
+
+def report(
+    epoch_log: EpochLog, stage: AutoencoderStage, run: utils.Run, position: Position, validation: dict[str, float]
+) -> None:
+    if not epoch_log.volumes:  # stopped between an epoch's last step and its end, resumed here
+        return
+    averages = epoch_log.averages()
+    loss = sum(averages[name] for name in epoch_log.shares())
+    epoch_log.report(position.epoch, run.cfg.autoencoder_train.max_epochs, loss, validation)
+    rate = {"learning_rate": stage.optimizer.learning_rate}
+    run.tracker.scalars("train", averages | rate | {"loss": loss}, position.step)
+    run.tracker.scalars("share", epoch_log.shares(), position.step)
 
 
 def train_one_epoch(stage: AutoencoderStage, loader: Any, run: utils.Run, position: Position) -> EpochLog:

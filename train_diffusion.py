@@ -96,6 +96,7 @@ def begin(stage: DiffusionStage, latents: Latents, run: utils.Run) -> Position:
     if run.resume:
         state = load_state(run.env.model_dir / LAST, fingerprint(run.cfg, latents.facts))
         stage.load_state_dict(state["stage"])
+        run.tracker.first_step = state["step"] + 1
         return Position(state["epoch"], state["step"], state["best"])
     if run.init_from:
         stage.start_from(run.init_from)
@@ -136,10 +137,18 @@ def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: uti
         validation = judge(stage, latents, run, position) if due else {}
         if train.sample_interval and position.epoch % train.sample_interval == 0:
             preview(stage, latents, run, position)
-        averages = epoch_log.averages()
-        epoch_log.report(position.epoch, train.max_epochs, averages["loss"], validation)
-        run.tracker.scalars("train", averages | {"learning_rate": stage.optimizer.learning_rate}, position.step)
+        report(epoch_log, stage, run, position, validation)
         save_state(last, position.state(stage.state_dict(), marks))
+
+
+def report(
+    epoch_log: EpochLog, stage: DiffusionStage, run: utils.Run, position: Position, validation: dict[str, float]
+) -> None:
+    if not epoch_log.volumes:  # stopped between an epoch's last step and its end, resumed here
+        return
+    averages = epoch_log.averages()
+    epoch_log.report(position.epoch, run.cfg.diffusion_train.max_epochs, averages["loss"], validation)
+    run.tracker.scalars("train", averages | {"learning_rate": stage.optimizer.learning_rate}, position.step)
 
 
 def train_one_epoch(

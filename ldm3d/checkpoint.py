@@ -21,11 +21,13 @@ def save_state(path: Path, state: State) -> None:
         OutputError: the disk is full or the folder cannot be written; the previous file is intact.
     """
     if distributed.is_main():
-        with atomic_path(path) as temporary:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
             try:
-                torch.save(state, temporary)
-            except RuntimeError as error:  # torch's archive writer reports a full disk so
-                raise OSError(str(error).splitlines()[0]) from error
+                torch.save(state, file)
+            except RuntimeError as error:
+                # torch's archive writer complains of what a full disk, the reason beneath, has left of its archive.
+                reason = error.__context__
+                raise reason if isinstance(reason, OSError) else OSError(str(error).splitlines()[0]) from error
     distributed.barrier()
 
 

@@ -54,21 +54,34 @@ class PatchAutoencoderKL(AutoencoderKL):
         side = patchify * 2 ** (len(channels) - 1)
         self.project = nn.Conv3d(in_channels, latent_channels, side, stride=side)
         self.unproject = nn.ConvTranspose3d(latent_channels, out_channels, side, stride=side)
+        self.register_buffer("latent_scale", torch.ones(1, latent_channels, 1, 1, 1))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, sigma = self._posterior(x)
+        return mean * self.latent_scale, sigma * self.latent_scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self._image(z / self.latent_scale)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction, and the posterior before it is scaled: the KL term wants all channels near N(0, 1)."""
+        mean, sigma = self._posterior(x)
+        return self._image(self.sampling(mean, sigma)), mean, sigma
+
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, sigma = super().encode(space_to_depth(x, self.patchify))
         return mean + self.project(x), sigma
 
-    def decode(self, z: Tensor) -> Tensor:
+    def _image(self, z: Tensor) -> Tensor:
         return depth_to_space(super().decode(z), self.patchify) + self.unproject(z)
 
     @torch.no_grad()
     def start_with_principal_components(self, images: Tensor) -> None:
         """Make the fresh network equal to the principal components of the images' blocks.
 
-        Each latent channel gets the square root of its component's spread, all together unit variance: between equal
-        spread, which would make diffusion spend as much care on the faintest detail as on the brightness of a block
-        (and leave blocks visible), and the components' own, which would drown the detail.
+        Inside, all channels have unit variance, which trains fastest. Outside, `latent_scale` gives each the square
+        root of its component's spread: between equal spread, with which diffusion spends as much care on the faintest
+        detail as on a block's brightness and leaves blocks visible, and the components' own, which drowns the detail.
 
         Args:
             images: (N, 1, X, Y, Z), some of the training volumes.
@@ -81,18 +94,18 @@ class PatchAutoencoderKL(AutoencoderKL):
         variances, directions = torch.linalg.eigh(torch.cov(blocks))
         leading = variances.argsort(descending=True)[: self.latent_channels]
         spread = variances[leading].clamp_min(1e-8).sqrt()[:, None]
-        scale = (spread.mean() / spread).sqrt() / spread.mean()  # of components -> latents: spread^1/2, mean square 1
         components = directions[:, leading].T
-        self.project.weight.copy_((components * scale).view_as(self.project.weight))
-        project_bias.copy_((-(components @ mean) * scale).flatten())
+        self.project.weight.copy_((components / spread).view_as(self.project.weight))
+        project_bias.copy_((-(components @ mean) / spread).flatten())
+        self.unproject.weight.copy_((components * spread).view_as(self.unproject.weight))
         nn.init.zeros_(unproject_bias)
-        self.unproject.weight.copy_((components / scale).view_as(self.unproject.weight))
         nn.init.zeros_(self.quant_conv_mu.conv.weight)
         nn.init.zeros_(self.quant_conv_mu.conv.bias)
         last = self.decoder.blocks[-1].conv
         nn.init.zeros_(last.weight)
         # Every voxel of a block has nearly the same mean, as blocks lie anywhere in the head.
         last.bias.fill_(mean.mean())
+        self.latent_scale.copy_((spread / spread.mean()).sqrt().view_as(self.latent_scale))
 
 
 def space_to_depth(x: Tensor, block: int) -> Tensor:

@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 
@@ -20,12 +19,13 @@ def kill_while_saving(number: int) -> None:
     """Die with one half of the training state written, at the save of this number, from 1."""
     import torch
 
-    saved: list[Path] = []
+    saved: list[Any] = []
 
-    def die(state: Any, path: Path) -> None:
-        saved.append(path)
+    def die(state: Any, file: Any) -> None:
+        saved.append(file)
         if len(saved) == number:
-            path.write_bytes(b"half")
+            file.write(b"half")
+            file.flush()
             _signal("SIGKILL")
 
     _before(torch, "save", die)

@@ -1,12 +1,13 @@
 """Run the scripts as users do, in processes of their own, and look at what they leave."""
 
+import getpass
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ CONFIG: dict[str, Any] = {
     "data": {"num_workers": 0},
 }
 """Both stages in seconds: networks of 8 channels, volumes of 24 x 32 x 24 voxels of 6 mm."""
-MATPLOTLIB = "matplotlib"
+LIBRARIES = {"matplotlib", f"torchinductor_{getpass.getuser()}"}
+"""Folders that matplotlib and torch make when they are imported."""
 NUM_CASES, NUM_TRAIN, STEPS_PER_EPOCH = 10, 9, 4
 
 
@@ -100,8 +102,10 @@ class Desk:
 
     def write_config(self, **changes: Any) -> None:
         """Write `CONFIG` with other keys; a section's dictionary replaces single keys of that section."""
-        merged = {key: CONFIG.get(key, {}) | value if isinstance(value, dict) else value for key, value in changes.items()}
-        self.config.write_text(json.dumps(CONFIG | merged))
+        content = CONFIG.copy()
+        for key, value in changes.items():
+            content[key] = CONFIG.get(key, {}) | value if isinstance(value, dict) else value
+        self.config.write_text(json.dumps(content))
 
     def write_environment(self, **changes: Any) -> None:
         content = {
@@ -125,7 +129,7 @@ class Desk:
             "HOME": str(self.home),
             "TMPDIR": str(self.home / "tmp"),
             # monai imports matplotlib, which notes the machine's fonts where it has not done so yet.
-            "MPLCONFIGDIR": str(self.home / MATPLOTLIB),
+            "MPLCONFIGDIR": str(self.home / "matplotlib"),
             "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
@@ -202,6 +206,6 @@ class Warm:
 
 
 def tree(*folders: Path) -> dict[str, str]:
-    """Every file and folder below, with a digest of each file's content."""
-    found = [path for folder in folders for path in sorted(folder.rglob("*")) if MATPLOTLIB not in path.parts]
+    """Every file and folder below, with a digest of each file's content; but not what libraries keep for themselves."""
+    found = [path for folder in folders for path in sorted(folder.rglob("*")) if not LIBRARIES & {*path.parts}]
     return {str(path): "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest() for path in found}

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import CONFIG, Desk, Result, tree
+from scripts import Desk, Result, tree
 
+from ldm3d.nifti import read_volume, write_volume
 from ldm3d.tutorial import AUTOENCODER, UNET
 
 SECONDS = 30
@@ -108,11 +109,11 @@ def corrupt_volume(desk: Desk) -> Path:
 def contrast_missing(desk: Desk) -> str:
     """BraTS case folders, one of them without the contrast that is asked for."""
     data = desk.folder / "data"
-    volume = next((desk.data / "Task01_BrainTumour" / "labelsTr").glob("*.nii.gz")).read_bytes()
+    volume = next((desk.data / "Task01_BrainTumour" / "imagesTr").glob("*.nii.gz"))
     for case, contrasts in {"BraTS_1": ("t1",), "BraTS_2": ("t1", "flair"), "BraTS_3": ("t1", "flair")}.items():
         (data / case).mkdir(parents=True)
         for contrast in contrasts:
-            (data / case / f"{case}_{contrast}.nii.gz").write_bytes(volume)
+            write_volume(data / case / f"{case}_{contrast}.nii.gz", read_volume(volume, 0)[0] / 1e4, (6, 6, 6))
     desk.write_environment(data_base_dir=str(data))
     return "BraTS_1: has no flair"
 
@@ -213,7 +214,10 @@ CASES = {
         STAGE_1, ("1 of 10 cases cannot be used", "cut short", "data.on_error"), prepare=corrupt_volume, weights=False
     ),
     "contrast not there": Case(
-        STAGE_1, ("BraTS_1_flair.nii.gz", "data.on_error"), prepare=contrast_missing, weights=False
+        STAGE_1,
+        ("BraTS_1_flair.nii.gz is not there", "1 of 3 cases", "data.on_error"),
+        prepare=contrast_missing,
+        weights=False,
     ),
     "missing autoencoder, stage 2": Case(
         STAGE_2, ("no such weights; train them first",), prepare=without("autoencoder.safetensors")
@@ -324,11 +328,15 @@ CASES = {
     ),
     "negative seed": Case(STAGE_1, ("seed: -1", "greater than or equal to 0"), more=("--seed", "-1")),
     "negative seed, stage 3": Case(STAGE_3, ("'-1' is not a whole number between 0 and",), more=("--seed", "-1")),
-    "set without value": Case(STAGE_1, ("--set diffusion_train.lr: must have the form a.b=value",), more=("--set", "diffusion_train.lr")),
+    "set without value": Case(
+        STAGE_1, ("--set diffusion_train.lr: must have the form a.b=value",), more=("--set", "diffusion_train.lr")
+    ),
     "set of an unknown key": Case(
         STAGE_1, ("autoencoder_train.learning_rate: no such key",), more=("--set", "autoencoder_train.learning_rate=1")
     ),
-    "unknown flag": Case(STAGE_2, ("unrecognized arguments: --epochs", "train_diffusion.py --help"), more=("--epochs", "3")),
+    "unknown flag": Case(
+        STAGE_2, ("unrecognized arguments: --epochs", "train_diffusion.py --help"), more=("--epochs", "3")
+    ),
 }
 
 

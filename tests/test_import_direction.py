@@ -11,19 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 # The rooms of ldm3d. Each imports from those above it only, so there is no circle.
-ORDER = """
+ROOMS = """
     errors files distributed console schema config
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
     networks losses diffusion weights latents allocator training checkpoint progress sampling tutorial
     montage features metrics report interior copies
     autoencoder_stage diffusion_stage tracking
-""".split()
+"""
+ORDER = ROOMS.split()
 
 # Packages by what they are imported as, where that is another name.
 DISTRIBUTIONS = {"PIL": "pillow"}
-# Needed although nothing here imports them: attention in monai's U-Net, torch.utils.tensorboard.
-NEEDED_BY_OTHERS = {"einops", "tensorboard"}
+# Needed although nothing here imports them: attention in monai's U-Net, a template to be read, torch.utils.tensorboard.
+NOT_IMPORTED = {"einops", "nilearn", "tensorboard"}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -116,12 +117,27 @@ def test_each_way_of_importing_upward_is_seen(tmp_path: Path, statement: str) ->
     assert upward_imports(tmp_path, ["upper", "lower"])[0] == "upper imports lower"
 
 
-def test_requirements_are_what_is_imported_in_exact_versions() -> None:
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
-    pins = [re.fullmatch(r"([a-z0-9-]+)==(\d+(?:\.\d+)+)", line) for line in lines]
-    assert all(pins), lines
-    own = {path.stem for path in ROOT.glob("*.py")} | {"ldm3d"}
-    used = {name for path in [*ROOT.glob("*.py"), *(ROOT / "ldm3d").glob("*.py")] for name in top_levels(path)}
-    third_party = used - own - set(sys.stdlib_module_names)
-    expected = {DISTRIBUTIONS.get(name, name) for name in third_party} | NEEDED_BY_OTHERS
-    assert {pin[1] for pin in pins if pin} == expected
+def pinned(name: str) -> set[str]:
+    """Packages that a requirements file lists, each of which must be given in an exact version."""
+    lines = (ROOT / name).read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith(("#", "-r "))]
+    assert [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==\d+(\.\d+)+", pin)] == []
+    return {pin.split("==")[0] for pin in pins}
+
+
+def packages_imported(files: list[Path]) -> set[str]:
+    """Packages from elsewhere that files import, as they are called where they come from."""
+    own = {path.stem for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks") for path in folder.glob("*.py")}
+    names = {name for path in files for name in top_levels(path)} - own - {"ldm3d", ""}
+    return {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in names - set(sys.stdlib_module_names)}
+
+
+def test_requirements_are_what_is_imported() -> None:
+    assert (
+        pinned("requirements.txt") == packages_imported([*ROOT.glob("*.py"), *ROOT.glob("ldm3d/*.py")]) | NOT_IMPORTED
+    )
+
+
+def test_development_requirements_hold_what_tests_import() -> None:
+    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text().splitlines()
+    assert packages_imported([*ROOT.glob("tests/*.py")]) <= pinned("requirements.txt") | pinned("requirements-dev.txt")

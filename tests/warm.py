@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import faults
+import torch
+from torch import nn
+from torch.optim import AdamW
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
@@ -38,6 +41,7 @@ def serve() -> dict[str, Any]:
     sys.path[0] = str(ROOT)
     for name in SCRIPTS:
         importlib.import_module(name)
+    AdamW([nn.Parameter(torch.zeros(1))])  # the first optimizer makes torch import its compiler
     gc.freeze()  # else the first collection in each child would copy all that the parent holds
     for line in sys.stdin:
         start = time.monotonic()
