@@ -47,9 +47,11 @@ demo: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
 # How the committed weights were made. Longer than the demo, otherwise the same.
 demo-scratch: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
 	@echo "== stage 1 from nothing"
-	@$(PY) train_autoencoder.py $(SCRATCH) --set autoencoder_train.max_epochs=12 --set autoencoder_train.lr=1e-3
+	@$(PY) train_autoencoder.py $(SCRATCH) \
+	  --set autoencoder_train.max_epochs=12 --set autoencoder_train.lr=1e-3 --set autoencoder_train.val_interval=4
 	@echo "== stage 2 from nothing"
-	@$(PY) train_diffusion.py $(SCRATCH) --set diffusion_train.max_epochs=100 --set diffusion_train.lr=1.5e-3
+	@$(PY) train_diffusion.py $(SCRATCH) \
+	  --set diffusion_train.max_epochs=110 --set diffusion_train.lr=1.5e-3 --set diffusion_train.val_interval=10
 	@$(PY) inference.py $(SCRATCH) --num 8
 	@$(PY) evaluate.py $(SCRATCH) --synthetic results/demo_scratch --output results/demo_scratch/metrics.json
 	@echo "== weights are in checkpoints/demo_scratch, pictures in results/demo_scratch"

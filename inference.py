@@ -171,7 +171,9 @@ def write(
 def draw(output: Path, seed: int, num: int, sampler: Sampler) -> None:
     names = [file_name(seed, index) for index in range(num)]
     volumes = [read_volume(output / name)[0] for name in names]
-    montage({f"generated, seed {seed}": volumes}, sampler.card.spacing, output / "montage.png")
+    # Few volumes are shown large, many side by side.
+    per_line = 2 if num <= 8 else 4
+    montage({f"generated, seed {seed}": volumes}, sampler.card.spacing, output / "montage.png", per_line=per_line)
     print(f"{num} volumes in {output}, picture: {output / 'montage.png'}")
 
 

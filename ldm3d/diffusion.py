@@ -94,7 +94,17 @@ def choose_sampler(schedule: Schedule, name: str | None, steps: int | None) -> t
         raise ConfigError(f"steps {count}: must be between 1 and {most}")
     if chosen == "ddpm" and count != most:
         raise ConfigError(f"steps {count}: ddpm takes all {most} steps; fewer need ddim or pndm")
+    if chosen == "pndm" and count != most:
+        _require_whole_range(count, most)
     return chosen, count
+
+
+def _require_whole_range(count: int, most: int) -> None:
+    """MONAI's PNDM strides by a whole number up from 0: 600 of 1000 steps would take pure noise for timestep 599."""
+    first = (count - 1) * (most // count)
+    if first < 0.8 * most:
+        better = most // -(-most // max(count, 10))
+        raise ConfigError(f"steps {count}: pndm would begin at timestep {first} of {most}; use {better} steps, or ddim")
 
 
 def _or(names: tuple[str, ...]) -> str:
@@ -128,10 +138,14 @@ def sample_latent(
         return _sample_flow(denoise, noise, schedule, steps, on_step)
     scheduler = _sampling_scheduler(schedule, sampler)
     scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.tolist()
     latent = noise
-    for number, timestep in enumerate(scheduler.timesteps):
-        prediction = denoise(latent, timestep.to(latent.device).expand(len(latent)))
-        latent = _scheduler_step(scheduler, prediction, int(timestep), latent, generators)
+    for number, (timestep, following) in enumerate(zip(timesteps, [*timesteps[1:], -1], strict=True)):
+        prediction = denoise(latent, torch.full((len(latent),), timestep, device=latent.device))
+        if sampler == "ddim":
+            latent = _ddim_step(scheduler, prediction, timestep, following, latent)
+        else:
+            latent = _scheduler_step(scheduler, prediction, timestep, latent, generators)
         on_step(number + 1)
     return latent
 
@@ -156,6 +170,19 @@ def _sampling_scheduler(schedule: DdpmSchedule, sampler: SamplerName) -> Any:
     if sampler == "ddim":
         return DDIMScheduler(**arguments, clip_sample=False)
     return PNDMScheduler(**arguments, skip_prk_steps=True)
+
+
+def _ddim_step(scheduler: Any, prediction: Tensor, timestep: int, following: int, latent: Tensor) -> Tensor:
+    """To the timestep that follows, or to the clean latent (Song et al. 2021, DDIM, equation 12 without noise).
+
+    MONAI's own step goes `num_train_timesteps // steps` down, but its timesteps lie further apart than that unless the
+    steps are all of them: the latent is then noisier than the network is told, and with few steps stays so.
+    """
+    _, clean = scheduler.step(prediction, timestep, latent)
+    alpha = scheduler.alphas_cumprod[timestep]
+    alpha_following = scheduler.alphas_cumprod[following] if following >= 0 else scheduler.one
+    noise = (latent - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+    return alpha_following.sqrt() * clean + (1 - alpha_following).sqrt() * noise
 
 
 def _scheduler_step(

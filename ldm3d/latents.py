@@ -6,6 +6,7 @@ sample in every epoch learns its noise by heart.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,7 @@ def _encode_all(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(path, "w+", np.float16, (count, *first.shape)).flush()
+            _reserve(path)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     distributed.barrier()
@@ -166,6 +168,13 @@ def _encode_all(
     if distributed.is_main():
         write_text(folder / "index.json", json.dumps({"cases": [merged[i] for i in range(count)]}))
     distributed.barrier()
+
+
+def _reserve(path: Path) -> None:
+    """Take the file's room on the disk: writing to a map that has none would kill the process, without a word."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 @torch.inference_mode()

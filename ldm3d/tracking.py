@@ -44,7 +44,7 @@ class Tracker:
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
         """`picture` is (1, H, W) in [0, 1]."""
-        self._add(summary.image(name, picture), step)
+        self._add(summary.image(name, picture, dataformats="CHW"), step)
 
     def text(self, name: str, text: str) -> None:
         self._add(summary.text(name, text))

@@ -31,6 +31,13 @@ def kill_while_saving(number: int) -> None:
     _before(torch, "save", die)
 
 
+def interrupt_while_preparing() -> None:
+    """Ctrl-C while the data set is looked through."""
+    from ldm3d import data
+
+    _before(data, "split_cases", lambda *_: _signal("SIGINT"))
+
+
 def interrupt_while_writing(number: int) -> None:
     """Ctrl-C with one half of a generated volume written, the one of this number, from 1."""
     import nibabel

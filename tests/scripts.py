@@ -92,6 +92,7 @@ class Desk:
         self.config, self.environment = folder / "config.json", folder / "environment.json"
         self.model, self.runs, self.results = folder / "model", folder / "runs", folder / "results"
         self.data = data or folder / "data"
+        self.threads = 1
 
     def furnish(self) -> "Desk":
         """Make the folder with the two files."""
@@ -123,14 +124,14 @@ class Desk:
 
     @property
     def process_environment(self) -> dict[str, str]:
-        """One thread for each process; a home and a temporary folder in which nobody should write."""
+        """Few threads; a home and a temporary folder in which nobody should write."""
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
         return kept | {
             "HOME": str(self.home),
             "TMPDIR": str(self.home / "tmp"),
             # monai imports matplotlib, which notes the machine's fonts where it has not done so yet.
             "MPLCONFIGDIR": str(self.home / "matplotlib"),
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(self.threads),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 

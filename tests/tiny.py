@@ -50,6 +50,11 @@ def config(**overrides: Any) -> Config:
     return Config.model_validate_json(json.dumps(content))
 
 
+def latents(channels: int) -> dict[str, Any]:
+    """Overrides of `config` for a diffusion network on latents of so many channels."""
+    return {"diffusion_def": {"in_channels": channels, "out_channels": channels}}
+
+
 def shaken(network: nn.Module, seed: int = 0) -> Any:
     """Random numbers in every parameter: layers that start at zero, as the U-Net's last, would hide what is before."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,486 @@
+"""The documents say what is so: files, commands, options, config keys and error messages that they name are real."""
+
+import argparse
+import importlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+from xml.etree import ElementTree
+
+import pytest
+import tiny
+import torch
+from test_import_direction import upward_imports
+from torch.distributed.run import get_args_parser
+
+import inference
+import utils
+from ldm3d.config import load_config, load_environment
+from ldm3d.errors import UserError
+from ldm3d.latents import LatentStatistics
+from ldm3d.sampling import Sampler
+from ldm3d.schema import Config, Environment
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+README, ARCHITECTURE, PICTURE = (ROOT / name for name in ("README.md", "docs/ARCHITECTURE.md", "docs/architecture.svg"))
+SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py")) if path.stem != "utils"]
+ROOMS = {path.stem for path in (ROOT / "ldm3d").glob("*.py")} - {"__init__"}
+SUFFIXES = {"py", "md", "json", "sh", "bat", "txt", "svg", "png", "nii", "gz", "pt", "safetensors", "csv", "example"}
+SOURCES = [
+    ROOT / "Makefile",
+    *ROOT.glob("*.sh"),
+    *ROOT.glob("*.bat"),
+    *ROOT.glob("*.py"),
+    *ROOT.glob("ldm3d/*.py"),
+    *ROOT.glob("config/*.json"),
+]
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+@pytest.fixture(scope="module")
+def code() -> str:
+    """Everything that the project runs, as text."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the documents tell their reader to be."""
+    monkeypatch.chdir(ROOT)
+
+
+# What a document is made of.
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str) -> list[Block]:
+    return [
+        Block(language, re.sub(f"^{indent}", "", body, flags=re.M)) for indent, language, body in FENCE.findall(text)
+    ]
+
+
+def spans(text: str) -> list[str]:
+    """What stands in single backquotes."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+
+
+def section(text: str, heading: str) -> str:
+    """From the heading that contains `heading` to the next one of its level or above."""
+    found = re.search(rf"^(#+) [^\n]*{re.escape(heading)}[^\n]*$", text, re.MULTILINE)
+    assert found, f"no heading has {heading}"
+    rest = text[found.end() :]
+    following = re.search(
+        rf"^#{{1,{len(found[1])}}} ", FENCE.sub(lambda fence: " " * len(fence[0]), rest), re.MULTILINE
+    )
+    return found[0] + (rest[: following.start()] if following else rest)
+
+
+def first_column(text: str) -> list[str]:
+    """Spans of the first cell of each row of the tables, headings left out."""
+    rows = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
+    return [span for row in rows for span in spans(row)]
+
+
+def commands(text: str) -> list[list[str]]:
+    """Command lines as words: those of shell blocks, and spans that are one."""
+    shell = [block.text for block in blocks(text) if block.language in ("bash", "bat")]
+    lines = [line for body in shell for line in body.replace("\\\n", " ").splitlines()]
+    lines += [span for span in spans(text) if re.match(r"(python3?|torchrun|make|\./\w+\.sh) ", span)]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def targets() -> set[str]:
+    found = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found == set(phony.split())
+    return found
+
+
+# The scripts' own parsers.
+
+
+class Parsed(Exception):
+    """Ends a script where its arguments have been parsed."""
+
+
+def parse(script: str, arguments: list[str]) -> tuple[utils.Parser, argparse.Namespace]:
+    """What a script's own code makes of its arguments. Raises `SystemExit` where it refuses them."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    results = []
+
+    def recorded(parser: utils.Parser, *given: Any) -> argparse.Namespace:
+        args = argparse.ArgumentParser.parse_args(parser, *given)
+        results.append((parser, args))
+        return args
+
+    with (
+        mock.patch.object(utils.Parser, "parse_args", recorded),
+        mock.patch.object(utils, "read_settings", side_effect=Parsed),
+        mock.patch("sys.argv", [script, *arguments]),
+        suppress(Parsed),
+    ):
+        getattr(module, "parse", module.main)()
+    return results[-1]
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def options_of(script: str) -> set[str]:
+    required = {
+        "evaluate.py": ["-c", "x", "--synthetic", "x"],
+        "visualize_image.py": ["x"],
+        "download_brats_data.py": [],
+    }.get(script, ["-c", "x", "-e", "x"])
+    return options(parse(script, required)[0]) - {"-h", "--help"}
+
+
+def problems_of_script(script: str, arguments: list[str]) -> list[str]:
+    """What is wrong with a call of a script."""
+    if script not in SCRIPTS:
+        return [f"there is no {script}"]
+    try:
+        parser, args = parse(script, arguments)
+    except SystemExit:
+        return [f"{script} refuses {arguments}"]
+    names = {word.split("=")[0] for word in arguments if re.match("--?[a-z]", word)}
+    problems = [f"{script}: {name} is only short for an option" for name in names - options(parser)]
+    try:
+        if "config_file" in args:
+            load_config(args.config_file, args.set)
+        if "environment_file" in args:
+            load_environment(args.environment_file)
+    except UserError as error:
+        problems.append(f"{script}: {error}")
+    return problems
+
+
+def problems_of_launcher(script: str, arguments: list[str]) -> list[str]:
+    """What is wrong with a call of train_LDM.sh, which hands what is behind `--` to both stages."""
+    text = (ROOT / script).read_text()
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    own, handed = arguments[:split], arguments[split + 1 :]
+    problems = [
+        f"{script} has no {word}" for word in own if word.startswith("-") and not re.search(rf"{word}[ )]", text)
+    ]
+    values = dict(zip(own[::2], own[1::2], strict=True))
+    files = ["-c", values.get("--config", "config/config_train_multigpu.json")]
+    files += ["-e", values.get("--env", "config/environment.json")]
+    return problems + problems_of_script("train_autoencoder.py", [*files, *handed])
+
+
+def problems_of_command(words: list[str]) -> list[str]:
+    """What is wrong with a command that a document shows."""
+    program, *rest = words
+    name = Path(program).name
+    if name in ("python", "python3") and rest[0].endswith(".py"):
+        return problems_of_script(rest[0], rest[1:])
+    if name in ("python", "python3"):
+        own = rest[:1] == ["-m"] and rest[1].startswith("ldm3d")
+        return [f"no module {rest[1]}"] if own and rest[1].removeprefix("ldm3d.") not in ROOMS else []
+    if name == "torchrun":
+        try:
+            args = get_args_parser().parse_args(rest)
+        except SystemExit:
+            return [f"torchrun refuses {rest}"]
+        return problems_of_script(args.training_script, args.training_script_args)
+    if name == "make":
+        return [f"Makefile has no {word}" for word in rest if word not in targets()]
+    if name.endswith(".bat"):
+        _, config, amp, compiled = rest
+        fine = (ROOT / name).is_file() and (ROOT / config).is_file() and {amp, compiled} <= {"true", "false"}
+        return [] if fine else [f"{name} refuses {rest}"]
+    if name.endswith(".sh"):
+        return problems_of_launcher(name, rest)
+    return [] if name in ("source", "ruff", "tensorboard") else [f"nobody checks {name}"]
+
+
+@each_document
+def test_commands_are_understood_by_the_programs_themselves(document: Path) -> None:
+    found = commands(document.read_text())
+    assert [problem for words in found for problem in problems_of_command(words)] == []
+
+
+def test_readme_shows_every_script_and_both_launchers() -> None:
+    shown = {Path(word).name for words in commands(README.read_text()) for word in words}
+    assert {*SCRIPTS, "train_LDM.sh", "train_autoencoder_multigpu.bat", "torchrun"} <= shown
+
+
+def test_readme_names_every_make_target_and_no_other() -> None:
+    named = set(re.findall(r"\bmake ([a-z][\w-]*)", "\n".join(map(shlex.join, commands(README.read_text())))))
+    assert named == targets()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_of_a_script_stands_in_its_section(script: str) -> None:
+    named = set(spans(section(README.read_text(), f"`{script}`")))
+    everywhere = {"--traceback"}  # said once, of all scripts
+    assert options_of(script) - everywhere <= named
+    assert everywhere <= set(spans(README.read_text()))
+
+
+@each_document
+def test_options_that_are_named_exist(document: Path) -> None:
+    known = set().union(*map(options_of, SCRIPTS)) | set(re.findall(r"--?[a-z]+", (ROOT / "train_LDM.sh").read_text()))
+    named = {span.split()[0] for span in spans(document.read_text()) if re.match("--?[a-z]", span)}
+    assert named - known == set()
+
+
+def test_option_tables_name_options_of_their_scripts_only() -> None:
+    for heading in re.findall(r"^### (.*`\w+\.py`.*)$", README.read_text(), re.MULTILINE):
+        known = set().union(*(options_of(script) for script in spans(heading)), {"--traceback"})
+        named = {span for span in first_column(section(README.read_text(), heading)) if span.startswith("-")}
+        assert named <= known, heading
+
+
+# Config keys.
+
+
+def exists(key: str, root: Any = Config) -> bool:
+    """Whether the schema has a key such as `data.on_error`."""
+    models = [root]
+    for part in key.split("."):
+        fields = [f for model in models for name, f in model.model_fields.items() if part in (f.alias, name)]
+        if not fields:
+            return False
+        models = [m for f in fields for m in [f.annotation, *getattr(f.annotation, "__args__", ())] if is_section(m)]
+    return True
+
+
+def is_section(annotation: Any) -> bool:
+    return hasattr(annotation, "model_fields")
+
+
+def keys_of(content: Any, beginning: str = "") -> Iterator[str]:
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield f"{beginning}{key}"
+        yield from keys_of(value, f"{beginning}{key}.")
+
+
+def problems_of_keys(text: str) -> list[str]:
+    """Keys with a dot in spans, keys that are set, and keys of JSON blocks, which the schema does not have."""
+    dotted = [span for span in spans(text) if re.fullmatch(r"\w+(\.\w+)+(=.*)?", span) and not is_path(span)]
+    named = [span.split("=")[0] for span in dotted if span.split(".")[0] in Config.model_fields]
+    named += [key for span in spans(text) for key in re.findall(r"--set '?([\w.]+)=", span)]
+    for block in blocks(text):
+        if block.language == "json":
+            content = json.loads(block.text)
+            named += [key for key in keys_of(content) if not exists(key, Environment)]
+    return [key for key in named if not exists(key)]
+
+
+@each_document
+def test_config_keys_that_are_named_exist(document: Path) -> None:
+    assert problems_of_keys(document.read_text()) == []
+
+
+def test_tables_of_keys_hold_keys() -> None:
+    environment = first_column(section(README.read_text(), "The environment"))
+    assert set(environment) == set(Environment.model_fields)
+    text = section(README.read_text(), "Configurations")
+    keys = [span for span in first_column(text) if "/" not in span]
+    assert keys
+    assert [key for key in keys if not exists(key)] == []
+    top_level = {field.alias or name for name, field in Config.model_fields.items()}
+    assert top_level - set(spans(text)) == set()
+
+
+def test_every_config_is_in_a_table() -> None:
+    listed = {span for span in first_column(section(README.read_text(), "Configurations")) if "/" in span}
+    assert {f"config/{path.name}" for path in (ROOT / "config").glob("*.json")} - {"config/schema.json"} == listed
+
+
+# Files and names.
+
+
+def problems_of_paths(text: str, folder: Path, code: str) -> list[str]:
+    """Paths in spans that are neither in the tree nor named by the code that makes them."""
+    paths = [span for span in spans(text) if re.fullmatch(r"[\w./<>*+-]+", span) and is_path(span)]
+    return [path for path in paths if not (in_tree(path, folder) or made_by(path, code))]
+
+
+def is_path(span: str) -> bool:
+    return "/" in span or span.rpartition(".")[2] in SUFFIXES
+
+
+def in_tree(path: str, folder: Path) -> bool:
+    return any((place / path).exists() for place in (ROOT, folder, ROOT / "ldm3d", ROOT / "tests"))
+
+
+def made_by(path: str, code: str) -> bool:
+    """Whether the code writes or reads a file of this name, `<...>` standing for anything."""
+    pieces = [piece for piece in re.split(r"<[^>]+>|\*", path.rstrip("/").removeprefix("./")) if len(piece) > 1]
+    return all(piece in code for piece in pieces)
+
+
+@each_document
+def test_paths_that_are_named_exist_or_are_made(document: Path, code: str) -> None:
+    assert problems_of_paths(document.read_text(), document.parent, code) == []
+
+
+@each_document
+def test_links_lead_somewhere(document: Path) -> None:
+    text = FENCE.sub("", document.read_text())
+    assert [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not leads_somewhere(link, document)] == []
+
+
+def leads_somewhere(link: str, document: Path) -> bool:
+    if link.startswith("https://"):
+        return True
+    path, _, anchor = link.partition("#")
+    target = (document.parent / path) if path else document
+    return target.exists() and (not anchor or anchor in anchors(target.read_text()))
+
+
+def anchors(text: str) -> set[str]:
+    """The names that a Markdown page gives its headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_document
+def test_names_in_backquotes_are_words_of_the_code(document: Path, code: str) -> None:
+    words = set(re.findall(r"\w+", code))
+    assert {
+        span for span in spans(document.read_text()) if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", span)
+    } - words == set()
+
+
+def test_layout_lists_what_is_there() -> None:
+    (tree,) = blocks(section(README.read_text(), "Layout of the house"))
+    listed = {line.split()[0] for line in tree.text.splitlines()}
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+    assert {*SCRIPTS, "utils.py", *(path.name for path in [*ROOT.glob("*.sh"), *ROOT.glob("*.bat")])} <= listed
+
+
+def test_readme_says_how_many_phantoms_the_demo_has() -> None:
+    (count,) = re.findall(r"^NUM_PHANTOMS := (\d+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    text = README.read_text()
+    assert f"({count} brains" in text
+    assert f"-e config/environment_demo.json --phantom {count}\n" in text
+
+
+def test_readme_keeps_the_place_for_the_demos_figures() -> None:
+    assert len(re.findall(r"<!-- demo figures -->.*?<!-- /demo figures -->", README.read_text(), re.DOTALL)) == 1
+
+
+# What programs say and write.
+
+
+def refusals() -> list[tuple[str, str]]:
+    """Commands of the troubleshooting section with the message shown below each."""
+    shown = [block.text for block in blocks(section(README.read_text(), "Troubleshooting")) if block.language == "text"]
+    return [(command[2:], message) for command, message in (text.strip().split("\n") for text in shown)]
+
+
+@pytest.mark.parametrize(("command", "message"), refusals(), ids=lambda text: text[:60])
+def test_shown_messages_are_what_the_scripts_say(
+    command: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    python, script, *arguments = shlex.split(command)
+    assert python == "python"
+    monkeypatch.setattr("sys.argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        utils.run_script(importlib.import_module(script.removesuffix(".py")).main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [message]
+
+
+def test_at_least_five_messages_are_shown() -> None:
+    assert len(refusals()) >= 5
+
+
+def test_readme_says_what_a_sidecar_says(tmp_path: Path) -> None:
+    cfg = tiny.config()
+    statistics = LatentStatistics(torch.zeros(1, 1, 1, 1), 1.25)
+    sampler = Sampler(tiny.autoencoder(cfg), tiny.unet(cfg), statistics, tiny.diffusion_card(cfg), tiny.CPU)
+    settings = {"seed": 0, "index": 1, "scheduler": "ddim", "steps": 2}
+    inference.write(tmp_path, sampler, torch.zeros(1, 8, 8, 8), settings, "float32")
+    (path,) = tmp_path.glob("*.json")
+    (sentence,) = re.findall(r"A sidecar says how its volume was made: (.*?)\.\s", README.read_text(), re.DOTALL)
+    assert spans(sentence) == list(json.loads(path.read_text()))
+
+
+# The architecture.
+
+
+def listed_rooms() -> list[str]:
+    """Rooms in the order of the tables."""
+    text = section(ARCHITECTURE.read_text(), "The direction of imports")
+    return [span.removesuffix(".py") for span in first_column(text) if span.endswith(".py")]
+
+
+def test_architecture_lists_every_room_once() -> None:
+    assert sorted(listed_rooms()) == sorted(ROOMS)
+
+
+def test_architecture_lists_rooms_in_the_order_of_imports() -> None:
+    assert upward_imports(ROOT / "ldm3d", listed_rooms()) == []
+
+
+def picture_names() -> set[str]:
+    """File and room names in the picture."""
+    elements = ElementTree.parse(PICTURE).iter("{http://www.w3.org/2000/svg}text")
+    return {word for element in elements if element.get("class") == "code" for word in (element.text or "").split()}
+
+
+def test_picture_shows_every_room_and_script_and_no_other(code: str) -> None:
+    names = picture_names()
+    assert names >= ROOMS
+    assert {*SCRIPTS, "utils.py"} <= names
+    others = {name for name in names - ROOMS if not in_tree(name, ROOT)}
+    assert {name for name in others if not (is_path(name) and made_by(name, code))} == set()
+
+
+# The checks can fail.
+
+BAD_PAGE = """
+```bash
+python inference.py -c config/config_demo.json -e config/environment.json --nonsense
+python no_such_script.py
+torchrun --nproc_per_node=2 inference.py -c config/config_demo.json -e config/environment.json --num 2
+make no-such-target
+./train_LDM.sh --cores 4
+train_autoencoder_multigpu.bat 4 config/none.json true false
+python train_diffusion.py -c config/config_demo.json -e config/environment.json --set data.nothing=1
+python train_diffusion.py -c config/config_demo.json -e config/environment.json --res
+```
+```json
+{"data": {"nothing": 1}}
+```
+`data.none` `no/such/file.py` `nosuch.safetensors` `results/nowhere/synimg_<seed>.nii.gz`
+"""
+
+
+@pytest.mark.parametrize("words", commands(BAD_PAGE), ids=" ".join)
+def test_bad_commands_are_seen(words: list[str]) -> None:
+    assert len(problems_of_command(words)) == 1
+
+
+def test_bad_keys_and_paths_are_seen(code: str) -> None:
+    assert problems_of_keys(BAD_PAGE) == ["data.none", "data.nothing"]
+    wrong = ["no/such/file.py", "nosuch.safetensors", "results/nowhere/synimg_<seed>.nii.gz"]
+    assert problems_of_paths(BAD_PAGE, ROOT, code) == wrong
+
+
+@pytest.mark.parametrize("link", ["none.md", "#no-such-heading", "LICENSE#nothing"])
+def test_bad_links_are_seen(link: str) -> None:
+    assert not leads_somewhere(link, README)
