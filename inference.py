@@ -159,6 +159,8 @@ def write(
         "spacing_mm": sampler.card.spacing,
         "intensity_range": sampler.card.intensity_range,
         "device": str(sampler.device),
+        # On a CPU another number of threads adds in another order, which shows in the last digit.
+        "threads": torch.get_num_threads(),
         "precision": str(sampler.precision.dtype) if sampler.precision.enabled else "torch.float32",
         "code_version": __version__,
         "torch_version": torch.__version__,

@@ -13,7 +13,7 @@ from ldm3d.losses import AutoencoderLoss
 from ldm3d.metrics import reconstruction
 from ldm3d.networks import PatchAutoencoderKL, build_autoencoder, build_discriminator
 from ldm3d.schema import Config
-from ldm3d.training import Optimizer, Precision, parallel, prepare_network, require_finite
+from ldm3d.training import Optimizer, Precision, checked_step, parallel, prepare_network
 from ldm3d.weights import (
     AUTOENCODER,
     DISCRIMINATOR,
@@ -68,7 +68,7 @@ class AutoencoderStage:
             Weighted loss terms by name, detached, with `discriminator` and `gradient_norm`.
 
         Raises:
-            NonFiniteLoss: before any weight is touched.
+            NonFiniteLoss: before a bad number reaches a weight.
         """
         image = batch["image"].to(self.device, non_blocking=True)
         with self.precision.autocast():
@@ -76,8 +76,7 @@ class AutoencoderStage:
             verdict = self._verdict(reconstructed) if adversarial else None
             terms = self.loss.generator(image, reconstructed, mean, sigma, verdict)
         total = torch.stack(list(terms.values())).sum()
-        require_finite(total, terms, step, batch["case"])
-        norm = self.optimizer.step(total)
+        norm = checked_step(self.optimizer, total, terms, step, batch["case"])
         logged = {name: term.detach() for name, term in terms.items()}
         if adversarial:
             logged["discriminator"] = self._discriminator_step(image, reconstructed.detach(), step, batch["case"])
@@ -95,8 +94,7 @@ class AutoencoderStage:
             # One forward pass for both halves: DistributedDataParallel takes one per backward pass.
             verdicts = self.parallel_discriminator(torch.cat([fake, real]))[-1]
             loss = self.loss.discriminator(*verdicts.chunk(2))
-        require_finite(loss, {"discriminator": loss}, step, cases)
-        self.discriminator_optimizer.step(loss)
+        checked_step(self.discriminator_optimizer, loss, {"discriminator": loss}, step, cases)
         return loss.detach()
 
     def start_fresh(self, first_look: Callable[[], Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Noise schedules: how a latent is noised in training, what the network is to predict, how it is sampled."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -89,7 +90,7 @@ def choose_sampler(schedule: Schedule, name: str | None, steps: int | None) -> t
     if chosen not in allowed:
         raise ConfigError(f"scheduler {chosen!r}: weights trained with {schedule.type} are sampled with {_or(allowed)}")
     most = schedule.num_train_timesteps
-    count = steps if steps is not None else min(DEFAULT_STEPS.get(chosen, most), most)
+    count = _default_steps(chosen, most) if steps is None else steps
     if not 1 <= count <= most:
         raise ConfigError(f"steps {count}: must be between 1 and {most}")
     if chosen == "ddpm" and count != most:
@@ -99,12 +100,22 @@ def choose_sampler(schedule: Schedule, name: str | None, steps: int | None) -> t
     return chosen, count
 
 
+def _default_steps(sampler: SamplerName, most: int) -> int:
+    wanted = min(DEFAULT_STEPS.get(sampler, most), most)
+    return _whole_strides(wanted, most) if sampler == "pndm" else wanted
+
+
 def _require_whole_range(count: int, most: int) -> None:
     """MONAI's PNDM strides by a whole number up from 0: 600 of 1000 steps would take pure noise for timestep 599."""
     first = (count - 1) * (most // count)
     if first < 0.8 * most:
-        better = most // -(-most // max(count, 10))
+        better = _whole_strides(max(count, 10), most)
         raise ConfigError(f"steps {count}: pndm would begin at timestep {first} of {most}; use {better} steps, or ddim")
+
+
+def _whole_strides(count: int, most: int) -> int:
+    """`count`, or as many steps fewer as let a whole stride reach from the first timestep to the last."""
+    return most // math.ceil(most / count)
 
 
 def _or(names: tuple[str, ...]) -> str:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ldm3d import distributed
 from ldm3d.diffusion import build_diffusion
+from ldm3d.errors import WeightsError
 from ldm3d.latents import LatentCache, LatentStatistics
 from ldm3d.networks import build_unet
 from ldm3d.schema import Config
-from ldm3d.training import EMA, Optimizer, Precision, parallel, prepare_network, require_finite
+from ldm3d.training import EMA, Optimizer, Precision, checked_step, parallel, prepare_network
 from ldm3d.weights import LATENT_MEAN, UNET, DiffusionCard, check_definition, load_into, read_weights, save_weights
 
 VALIDATION_LEVELS = 8
@@ -54,8 +55,7 @@ class DiffusionStage:
         noise = torch.randn(clean.shape).to(self.device)
         timesteps = self.diffusion.draw_timesteps(len(clean), torch.device("cpu")).to(self.device)
         loss = self._losses(self.parallel_unet, clean, noise, timesteps).mean()
-        require_finite(loss, {"loss": loss, "largest_latent": clean.abs().max()}, step, cases)
-        norm = self.optimizer.step(loss)
+        norm = checked_step(self.optimizer, loss, {"loss": loss, "largest_latent": clean.abs().max()}, step, cases)
         self.ema.update(self.unet, step)
         return {"loss": loss.detach(), "gradient_norm": norm}
 
@@ -125,12 +125,18 @@ class DiffusionStage:
         """Begin with published weights, and keep the normalisation that they know.
 
         Raises:
-            WeightsError: they are missing, or of another architecture or schedule.
+            WeightsError: they are missing, or of another architecture, schedule or latent shape.
         """
         path = folder / UNET
         tensors, card = read_weights(path, DiffusionCard)
         check_definition(path, card.definition, self.cfg.diffusion_def, "diffusion_def")
         check_definition(path, card.schedule, self.cfg.noise_schedule, "NoiseScheduler")
-        self.statistics = LatentStatistics(tensors.pop(LATENT_MEAN), card.scale_factor)
+        mean = tensors.pop(LATENT_MEAN, torch.zeros(1, 1, 1, 1))
+        if mean.numel() > 1 and tuple(mean.shape) != self.cfg.latent_shape:
+            raise WeightsError(
+                f"{path}: is centred on latents of {tuple(mean.shape)}, but diffusion_train.patch_size makes them "
+                f"{self.cfg.latent_shape}; keep the patch_size that the weights were trained with"
+            )
+        self.statistics = LatentStatistics(mean, card.scale_factor)
         load_into(self.unet, tensors, path)
         load_into(self.ema.network, tensors, path)

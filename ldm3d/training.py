@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,7 +21,7 @@ def seed_step(seed: int, step: int) -> None:
 
     So a resumed run draws what the undisturbed one would have drawn, without any random state being stored.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 4_099 + distributed.rank())
+    torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + distributed.rank()) % 2**63)
 
 
 def prepare_network(network: Any, cfg: Config, device: torch.device) -> Any:
@@ -79,13 +79,21 @@ class Optimizer:
             self.adamw, lambda step: learning_rate_factor(step, train, total_steps)
         )
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Backward, clip, update; returns the gradient norm before clipping."""
+    def step(self, loss: Tensor, check_norm: Callable[[Tensor], None] = lambda norm: None) -> Tensor:
+        """Backward, clip, update; returns the gradient norm before clipping.
+
+        Args:
+            loss: finite.
+            check_norm: called with the norm before any weight is touched; not where float16's loss scaling is on, which
+                by itself skips steps whose gradients have overflowed.
+        """
         scaler = self.precision.scaler
         self.adamw.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(self.adamw)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if not scaler.is_enabled():
+            check_norm(norm)
         scaler.step(self.adamw)
         scaler.update()
         self.schedule.step()
@@ -121,7 +129,7 @@ def learning_rate_factor(step: int, train: Optimization, total_steps: int) -> fl
 class EMA:
     """Running average of the weights: average <- decay * average + (1 - decay) * weights, after each step.
 
-    The decay grows from 0 as (1 + step) / (10 + step) until it reaches `decay`, so that the first, random weights are
+    The decay grows from 0.1 as (1 + step) / (10 + step) until it reaches `decay`, so that the first, random weights are
     soon forgotten.
 
     Args:
@@ -139,7 +147,15 @@ class EMA:
         torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)
 
 
-def require_finite(loss: Tensor, terms: dict[str, Tensor], step: int, cases: Sequence[str]) -> None:
-    """Stop before a bad number reaches the weights. Raises `NonFiniteLoss`."""
-    if not torch.isfinite(loss):
+def checked_step(
+    optimizer: Optimizer, loss: Tensor, terms: dict[str, Tensor], step: int, cases: Sequence[str]
+) -> Tensor:
+    """`Optimizer.step` of a finite loss with finite gradients. Raises `NonFiniteLoss`, and leaves the weights alone."""
+    require_finite(loss, terms, step, cases)
+    return optimizer.step(loss, lambda norm: require_finite(norm, terms | {"gradient_norm": norm}, step, cases))
+
+
+def require_finite(value: Tensor, terms: dict[str, Tensor], step: int, cases: Sequence[str]) -> None:
+    """Stop before a bad number, a loss or the norm of its gradients, reaches the weights. Raises `NonFiniteLoss`."""
+    if not torch.isfinite(value):
         raise NonFiniteLoss(step, {name: float(term.detach()) for name, term in terms.items()}, list(cases))

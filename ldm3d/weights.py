@@ -96,7 +96,7 @@ def read_weights(path: Path, card_type: type[Card]) -> tuple[dict[str, Tensor], 
         raise WeightsError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from error
     if "ldm3d" not in metadata:
         raise WeightsError(f"{path}: has no description of its network; it was not written by this project")
-    version = json.loads(metadata["ldm3d"]).get("format_version")
+    version = _format_version(metadata["ldm3d"])
     if version != FORMAT_VERSION:
         raise WeightsError(f"{path}: format version {version}; this code reads version {FORMAT_VERSION}")
     try:
@@ -104,6 +104,14 @@ def read_weights(path: Path, card_type: type[Card]) -> tuple[dict[str, Tensor], 
     except ValidationError as error:
         first = error.errors()[0]
         raise WeightsError(f"{path}: is not {card_type.__name__}: {first['loc']}: {first['msg']}") from error
+
+
+def _format_version(description: str) -> object:
+    try:
+        content = json.loads(description)
+    except ValueError:
+        content = None
+    return content.get("format_version") if isinstance(content, dict) else None
 
 
 def load_into(network: Network, tensors: dict[str, Tensor], path: Path) -> Network:
@@ -128,7 +136,9 @@ def check_definition(path: Path, stored: Strict, configured: Strict, section: st
         WeightsError: naming the keys that differ.
     """
     was, now = stored.model_dump(), configured.model_dump()
-    different = [f"{key} is {now[key]} but the weights have {was[key]}" for key in was if was[key] != now[key]]
+    # Another kind of schedule has other keys; its `type`, which both have, says so.
+    shared = [key for key in was if key in now]
+    different = [f"{key} is {now[key]} but the weights have {was[key]}" for key in shared if was[key] != now[key]]
     if different:
         raise WeightsError(f"{path}: {section} of the config contradicts the weights: {'; '.join(different)}")
 

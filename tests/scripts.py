@@ -92,7 +92,6 @@ class Desk:
         self.config, self.environment = folder / "config.json", folder / "environment.json"
         self.model, self.runs, self.results = folder / "model", folder / "runs", folder / "results"
         self.data = data or folder / "data"
-        self.threads = 1
 
     def furnish(self) -> "Desk":
         """Make the folder with the two files."""
@@ -124,14 +123,14 @@ class Desk:
 
     @property
     def process_environment(self) -> dict[str, str]:
-        """Few threads; a home and a temporary folder in which nobody should write."""
+        """One thread for each process; a home and a temporary folder in which nobody should write."""
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
         return kept | {
             "HOME": str(self.home),
             "TMPDIR": str(self.home / "tmp"),
             # monai imports matplotlib, which notes the machine's fonts where it has not done so yet.
             "MPLCONFIGDIR": str(self.home / "matplotlib"),
-            "OMP_NUM_THREADS": str(self.threads),
+            "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
@@ -146,9 +145,8 @@ class Desk:
 
     def run_parallel(self, script: str, *args: object) -> Result:
         """Start two processes of a script with torchrun."""
-        return self.run_cold(
-            script, *args, launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        )
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
+        return self.run_cold(script, *args, launcher=torchrun)
 
 
 class Warm:

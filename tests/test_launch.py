@@ -1,4 +1,4 @@
-"""The launchers: what train_LDM.sh starts and refuses, both stages for real, and the batch file as far as Linux shows."""
+"""The launchers: what train_LDM.sh starts and refuses, both stages for real; what Linux can tell of the batch file."""
 
 import os
 import re
@@ -287,9 +287,8 @@ def test_both_stages_really_run_on_the_cpu(
     [
         (("--gpus", "999"), r"error: --gpus 999: this machine has \d+ GPU\(s\) \(see train_LDM\.sh --help\)\n"),
         (("--gpus", "0", "--", "--set", "sed=1"), r"error: config\.json: sed: no such key; did you mean 'seed'\?\n"),
-        (("--gpus", "0", "--", "--sed", "1"), r"error: unrecognized arguments: --sed 1 \(see train_LDM\.sh --help\)\n"),
     ],
-    ids=["GPUs", "key", "argument"],
+    ids=["GPUs", "key"],
 )
 def test_the_real_look_refuses_in_one_line(
     really: Callable[..., "subprocess.CompletedProcess[str]"], arguments: tuple[str, ...], message: str
@@ -309,7 +308,7 @@ def batch_commands(*arguments: str) -> list[list[str]]:
 
     commands = []
     for line in BATCH_FILE.read_text().splitlines():
-        if assignment := re.fullmatch(r'set "?(\w+)=(.+?)"?', line):
+        if assignment := re.fullmatch(r'set "?(\w+)=([^"].*?)"?', line):
             values[assignment[1]] = expand(assignment[2])
         elif line.startswith("call "):
             commands.append(shlex.split(expand(line))[1:])
@@ -358,13 +357,15 @@ import sys
 import torch.distributed as dist
 import torch.distributed.elastic.rendezvous.c10d_rendezvous_backend
 
-class TCPStore(dist.TCPStore):
+RealStore = dist.TCPStore
+
+class TCPStore(RealStore):
     def __init__(self, *args, use_libuv=True, **more):
         assert not use_libuv, "no libuv here"
         super().__init__(*args, use_libuv=use_libuv, **more)
 
 for module in list(sys.modules.values()):
-    if getattr(module, "TCPStore", None) is dist.TCPStore:
+    if getattr(module, "TCPStore", None) is RealStore:
         module.TCPStore = TCPStore
 """
 MEETING = """

@@ -5,6 +5,8 @@ import pytest
 import tiny
 import torch
 from monai.networks.nets import AutoencoderKL, PatchDiscriminator
+from monai.networks.nets.autoencoderkl import AEKLResBlock
+from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 from torch import Tensor, nn
 
 from ldm3d.networks import (
@@ -204,7 +206,9 @@ def test_recomputed_blocks_change_nothing(name: str) -> None:
 def test_blocks_are_recomputed_in_the_backward_pass_only(name: str) -> None:
     network, inputs = NETWORKS[name]()
     calls: dict[str, int] = {}
-    blocks = {key: m for key, m in network.named_modules() if type(m).__name__ in {"AEKLResBlock", "DiffusionUNetResnetBlock"}}
+    blocks = {
+        key: m for key, m in network.named_modules() if type(m).__name__ in {"AEKLResBlock", "DiffusionUNetResnetBlock"}
+    }
     assert len(blocks) >= 4
     for key, block in blocks.items():
         block.conv1.register_forward_hook(lambda *_, key=key: calls.update({key: calls.get(key, 0) + 1}))

@@ -8,6 +8,7 @@ one: it has its own signals, limits, exit status and files, and ends by itself a
 by hand.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -15,10 +16,12 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import faults
 import torch
@@ -76,7 +79,28 @@ def become(request: dict[str, Any]) -> None:
         getattr(faults, name)(*arguments)
 
 
+def outcome(script: str) -> int:
+    """Run the script; the exit status that Python would give it."""
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End as Python does, but leave it to the system to clear memory: half a second less for each script."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     request = serve() if sys.argv[1] == "serve" else json.loads(sys.argv[1])
     become(request)
-    runpy.run_path(str(ROOT / request["script"]), run_name="__main__")
+    leave(outcome(request["script"]))

@@ -1,0 +1,197 @@
+"""ldm3d.distributed, and what the library does with it: one process and two give the same."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import library_on_two_ranks
+import pytest
+import tiny
+import torch
+
+from ldm3d import distributed
+from ldm3d.autoencoder_stage import AutoencoderStage
+from ldm3d.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+Seen = dict[str, Any]
+
+
+# One process
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_process_is_the_whole_world() -> None:
+    assert not distributed.launched_by_torchrun()
+    assert (distributed.rank(), distributed.local_rank(), distributed.world_size()) == (0, 0, 1)
+    assert distributed.is_main()
+    value = torch.tensor([1.0, 2.0])
+    assert distributed.all_sum(value) is value
+    assert value.tolist() == [1, 2]
+    thing = object()
+    assert distributed.gather_objects(thing) == [thing]
+    assert distributed.broadcast_object(thing) is thing
+    assert distributed.collective_device() == tiny.CPU
+    distributed.barrier()
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_process_joins_nothing() -> None:
+    with distributed.process_group("gloo", 5) as device:
+        assert device == distributed.choose_device()
+        assert not torch.distributed.is_initialized()
+
+
+def test_only_rank_0_speaks_before_the_processes_have_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.launched_by_torchrun()
+    assert not distributed.is_main()
+    assert distributed.local_rank() == 1
+    monkeypatch.setenv("RANK", "0")
+    assert distributed.is_main()
+
+
+def test_each_process_takes_the_gpu_of_its_place_on_its_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 5 of 8 on two machines is the second process of the second one: GPU 1, not GPU 5."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.choose_device() == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.choose_device() == tiny.CPU
+
+
+@pytest.mark.parametrize(
+    ("gpus", "available", "processes", "message"),
+    [
+        (-1, 0, 1, "-g -1: the number of GPUs must be 0 (CPU) or more"),
+        (1, 0, 1, "-g 1: this machine has 0 GPU(s); use -g 0 or leave -g out"),
+        (8, 4, 8, "-g 8: this machine has 4 GPU(s); use -g 4 or leave -g out"),
+        (4, 4, 1, "-g 4: 1 process(es) were started on this machine; start one for each GPU: torchrun"),
+        (2, 4, 4, "-g 2: 4 process(es) were started on this machine; start one for each GPU: torchrun"),
+    ],
+)
+def test_gpus_that_cannot_be_had(
+    gpus: int, available: int, processes: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(ConfigError) as refused:
+        distributed.check_gpus(gpus)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(("gpus", "available", "processes"), [(None, 0, 2), (0, 0, 1), (0, 0, 2), (1, 4, 1), (4, 4, 4)])
+def test_gpus_that_can_be_had(
+    gpus: int | None, available: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    distributed.check_gpus(gpus)
+
+
+# Two processes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes have run library_on_two_ranks.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = []
+    for rank in range(2):
+        env = {key: str(value) for key, value in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        # One thread, here and there: sums in another order are other sums.
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, ROOT / "tests" / "library_on_two_ranks.py", folder]
+        processes.append(subprocess.Popen(command, env={**os.environ, **env}, cwd=ROOT))
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[Seen]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_helpers_of_two_processes(ranks: list[Seen]) -> None:
+    for rank, seen in enumerate(ranks):
+        assert seen["helpers"] == {
+            "rank": rank,
+            "world_size": 2,
+            "is_main": rank == 0,
+            "sum": [2, 10],
+            "gathered": [{"rank": 0}, {"rank": 1}],
+            "broadcast": "from 0",
+        }
+
+
+def test_ranks_draw_different_random_numbers(ranks: list[Seen]) -> None:
+    assert not torch.equal(ranks[0]["random"], ranks[1]["random"])
+    assert torch.equal(ranks[0]["random"], library_on_two_ranks.random_numbers())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_make_the_latent_cache_of_one(folder: Path, ranks: list[Seen], tmp_path: Path) -> None:
+    latents = library_on_two_ranks.cache(tmp_path)
+    theirs, ours = ({p.name: p.read_bytes() for p in root.rglob("*.*")} for root in (folder / "latents", tmp_path))
+    assert set(ours) == {"posteriors.npy", "index.json"}
+    assert theirs == ours
+    assert next((folder / "latents").iterdir()).name == next(tmp_path.iterdir()).name
+    for centre in (False, True):
+        statistics = latents.statistics(centre)
+        for seen in ranks:
+            assert seen["statistics"][centre]["scale_factor"] == pytest.approx(statistics.scale_factor, rel=1e-12)
+            torch.testing.assert_close(seen["statistics"][centre]["mean"], statistics.mean)
+    assert tiny.equal_states(ranks[0]["statistics"], ranks[1]["statistics"])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_validate_as_one_does(ranks: list[Seen], tmp_path: Path) -> None:
+    alone = library_on_two_ranks.diffusion_stage().validate(library_on_two_ranks.cache(tmp_path))
+    volumes = [tiny.batch(1, seed=i) for i in range(3)]
+    reconstructed, _ = AutoencoderStage(tiny.config(), tiny.CPU, 1).validate(volumes)
+    for seen in ranks:
+        assert seen["diffusion validation"] == pytest.approx(alone, rel=1e-6)
+        assert seen["autoencoder validation"] == pytest.approx(reconstructed, rel=1e-6)
+
+
+def test_two_processes_keep_the_same_weights(ranks: list[Seen]) -> None:
+    one, other = (seen["trained"] for seen in ranks)
+    assert tiny.equal_states(one, other)
+    fresh = library_on_two_ranks.diffusion_stage().unet.state_dict()
+    assert not tiny.equal_states(one["diffusion"]["unet"], fresh)
+
+
+def test_state_is_written_by_rank_0_and_waited_for(folder: Path, ranks: list[Seen]) -> None:
+    assert all(seen["state is there"] for seen in ranks)
+    assert torch.load(folder / "state.pt", weights_only=True) == {"rank": 0}
