@@ -177,13 +177,6 @@ def _reserve(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def _reserve(path: Path) -> None:
-    """Give a file its room on the disk, where the system can: a map that finds the disk full kills the process."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
 @torch.inference_mode()
 def _encode(
     autoencoder: AutoencoderKL, volumes: Volumes, index: int, flip: bool, device: torch.device

@@ -1,5 +1,6 @@
 """Weights of the MONAI tutorial, made with `monai` or the older `monai-generative`; they do not describe themselves."""
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,30 @@ def read_tutorial_weights(path: Path, network: Network) -> Network:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise WeightsError(f"{path}: does not hold a state dict of tensors")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if network.state_dict().keys() == state.keys():
-        return load_into(network, state, path)
-    renamed = _renamed(network, dict(state), path)
-    return load_into(network, renamed, path)
+    return load_into(network, _renamed(network, state) or state, path)
 
 
-def _renamed(network: Any, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Names of `monai-generative` in today's; every tensor must find its place."""
-    untouched = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+def _renamed(network: Any, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Names of `monai-generative` in today's; None where not every tensor finds its place, or all have it already.
+
+    The older package never calls the projection `proj_attn` of its attention, which MONAI's loader would put to use as
+    `out_proj`. The identity takes its place, or nothing where the network has no projection: outputs stay the same.
+    """
+    expected = network.state_dict()
+    projects = any(".out_proj." in name for name in expected)
+    old = {name: _no_projection(tensor) if ".proj_attn." in name else tensor for name, tensor in state.items()}
+    old = {name: tensor for name, tensor in old.items() if projects or ".proj_attn." not in name}
+    # Of what a file lacks MONAI's loader would keep the random start.
+    if expected.keys() == old.keys() or len(expected) != len(old):
+        return None
+    renamed = copy.deepcopy(network)
     try:
-        network.load_old_state_dict(state)  # takes what it uses out of `state`
-    except (KeyError, RuntimeError) as error:
-        network.load_state_dict(untouched)
-        raise WeightsError(f"{path}: weights of another architecture ({error})") from error
-    if state:
-        raise WeightsError(f"{path}: weights of another architecture: no place for {sorted(state)[0]}")
-    return network.state_dict()
+        renamed.load_old_state_dict(old)  # takes what it uses out of `old`
+    except (KeyError, RuntimeError):
+        return None
+    return None if old else dict(renamed.state_dict())
+
+
+def _no_projection(tensor: Tensor) -> Tensor:
+    """Weight or bias of a linear layer that changes nothing."""
+    return torch.eye(len(tensor), dtype=tensor.dtype) if tensor.ndim == 2 else torch.zeros_like(tensor)

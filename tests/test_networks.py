@@ -5,8 +5,6 @@ import pytest
 import tiny
 import torch
 from monai.networks.nets import AutoencoderKL, PatchDiscriminator
-from monai.networks.nets.autoencoderkl import AEKLResBlock
-from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 from torch import Tensor, nn
 
 from ldm3d.networks import (

@@ -248,6 +248,16 @@ def test_resumed_is_the_same_as_undisturbed(script: str, trained: Desk, desk: De
     require_same_training(desk, trained, script)
 
 
+@both_stages
+def test_best_weights_stay_published_when_resumed_training_is_worse(
+    script: str, trained: Desk, desk: Desk, run: Run
+) -> None:
+    give_autoencoder(desk, trained, script)
+    assert run(script, "--set", f"{SECTION[script]}.max_epochs=2", faults=[("validation_says", 0.1, 0.3)]).code == 0
+    assert run(script, "--resume", faults=[("validation_says", 0.2, 0.4)]).code == 0
+    assert card(desk.model / WEIGHTS[script][0])["step"] == STEPS_PER_EPOCH
+
+
 STOPS = {
     "in the middle of an epoch": 2 * STEPS_PER_EPOCH + 1,
     "in the first step": 0,

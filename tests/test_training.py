@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_cosine_falls_from_the_warm_up_to_zero() -> None:
     assert factors[60] == pytest.approx(0.5)
     assert factors[35] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert factors[110] == pytest.approx(0)
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[10:]))
     assert learning_rate_factor(500, train, 110) == pytest.approx(0)  # past the end it does not rise again
 
 
@@ -339,5 +340,3 @@ def test_a_folder_for_events_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with Tracker(tmp_path / "file" / "run") as tracker, pytest.raises(OutputError, match="events cannot be written"):
         tracker.scalars("train", {"loss": 1.0}, 0)
-
-

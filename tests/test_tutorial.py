@@ -35,6 +35,11 @@ ATTENTION = tiny.config(
     },
     diffusion_def={"attention_levels": [True, True], "num_head_channels": [8, 16]},
 )
+# The older package calculates no projection behind its attention, though its files have one.
+NO_PROJECTION = tiny.config(
+    autoencoder_def={**ATTENTION.autoencoder_def.model_dump(mode="json"), "include_fc": False},
+    diffusion_def={**ATTENTION.diffusion_def.model_dump(mode="json"), "include_fc": False},
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +103,7 @@ def test_a_state_dict_inside_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "of DistributedDataParallel"])
-@pytest.mark.parametrize("cfg", [CFG, ATTENTION], ids=["convolutions", "attention"])
+@pytest.mark.parametrize("cfg", [CFG, ATTENTION, NO_PROJECTION], ids=["convolutions", "attention", "no projection"])
 def test_autoencoder_of_the_older_package(generative: Any, tmp_path: Path, cfg: Config, prefix: str) -> None:
     theirs = tiny.shaken(generative.AutoencoderKL(**older_arguments(cfg.autoencoder_def)), seed=3).eval()
     ours = read_tutorial_weights(saved(tmp_path / AUTOENCODER, theirs, prefix), build_autoencoder(cfg.autoencoder_def))
@@ -112,8 +117,13 @@ def test_autoencoder_of_the_older_package(generative: Any, tmp_path: Path, cfg: 
 @pytest.mark.parametrize("prefix", ["", "module."], ids=["plain", "of DistributedDataParallel"])
 @pytest.mark.parametrize(
     "cfg",
-    [CFG, ATTENTION, tiny.config(diffusion_def={"attention_levels": [False, False], "resblock_updown": True})],
-    ids=["attention below", "attention", "convolutions"],
+    [
+        CFG,
+        ATTENTION,
+        NO_PROJECTION,
+        tiny.config(diffusion_def={"attention_levels": [False, False], "resblock_updown": True}),
+    ],
+    ids=["attention below", "attention", "no projection", "convolutions"],
 )
 def test_unet_of_the_older_package(generative: Any, tmp_path: Path, cfg: Config, prefix: str) -> None:
     theirs = tiny.shaken(generative.DiffusionModelUNet(**older_arguments(cfg.diffusion_def)), seed=3).eval()

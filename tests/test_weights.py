@@ -198,7 +198,7 @@ def test_an_incomplete_card(tmp_path: Path) -> None:
         return card
 
     rewrite(published(tmp_path) / UNET, without_scale)
-    with pytest.raises(WeightsError, match="scale_factor.*required"):
+    with pytest.raises(WeightsError, match=r"scale_factor.*required"):
         load_unet(tmp_path)
 
 
