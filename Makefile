@@ -71,4 +71,5 @@ test: lint
 	@$(PY) -m pytest -n 2
 
 clean:
-	rm -rf results runs checkpoints/demo_run checkpoints/demo_scratch data/phantom/cache
+	rm -rf results/demo results/demo_scratch results/sample runs/demo runs/demo_scratch \
+	  checkpoints/demo_run checkpoints/demo_scratch data/phantom/cache

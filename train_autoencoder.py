@@ -20,7 +20,6 @@ from ldm3d.progress import EpochLog, Position, rounded
 from ldm3d.schema import Config
 from ldm3d.training import seed_step
 
-LAST = "autoencoder_last.pt"
 # What a good start needs to have seen of the training set.
 FIRST_LOOK = 32
 
@@ -66,7 +65,7 @@ def fingerprint(cfg: Config, facts: dict[str, Any]) -> dict[str, Any]:
 def begin(stage: AutoencoderStage, data: Prepared, run: utils.Run, facts: dict[str, Any]) -> Position:
     """Resume, or start with given weights, or start fresh."""
     if run.resume:
-        state = load_state(run.env.model_dir / LAST, fingerprint(run.cfg, facts))
+        state = load_state(run.last, fingerprint(run.cfg, facts))
         stage.load_state_dict(state["stage"])
         run.tracker.first_step = state["step"] + 1
         return Position(state["epoch"], state["step"], state["best"])
@@ -104,7 +103,7 @@ def fit(
     stage: AutoencoderStage, loaders: tuple[Any, Any], run: utils.Run, position: Position, facts: dict[str, Any]
 ) -> None:
     """Every epoch: train, now and then validate, publish what is best, save what the next step needs."""
-    train, last = run.cfg.autoencoder_train, run.env.model_dir / LAST
+    train = run.cfg.autoencoder_train
     marks = fingerprint(run.cfg, facts)
     if run.init_from:
         # What it starts with is the first candidate: a training that makes it worse publishes nothing.
@@ -112,13 +111,13 @@ def fit(
     while position.epoch < train.max_epochs:
         epoch_log = train_one_epoch(stage, loaders[0], run, position)
         if run.should_stop():
-            save_state(last, position.state(stage.state_dict(), marks))
+            save_state(run.last, position.state(stage.state_dict(), marks))
             raise KeyboardInterrupt
         position.epoch += 1
         due = position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs
         validation = judge(stage, loaders[1], run, position, facts) if due else {}
         report(epoch_log, stage, run, position, validation)
-        save_state(last, position.state(stage.state_dict(), marks))
+        save_state(run.last, position.state(stage.state_dict(), marks))
 
 
 def report(

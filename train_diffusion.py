@@ -24,7 +24,6 @@ from ldm3d.schema import Config
 from ldm3d.training import seed_step
 from ldm3d.weights import AUTOENCODER, AutoencoderCard, check_definition, load_autoencoder
 
-LAST = "diffusion_last.pt"
 # Of the volumes generated for TensorBoard: always the same noise, so that pictures of different epochs compare.
 PREVIEW_SEED, PREVIEW_VOLUMES = 0, 2
 
@@ -94,7 +93,7 @@ def fingerprint(cfg: Config, facts: dict[str, Any]) -> dict[str, Any]:
 def begin(stage: DiffusionStage, latents: Latents, run: utils.Run) -> Position:
     """Resume, or start with given weights, or start fresh."""
     if run.resume:
-        state = load_state(run.env.model_dir / LAST, fingerprint(run.cfg, latents.facts))
+        state = load_state(run.last, fingerprint(run.cfg, latents.facts))
         stage.load_state_dict(state["stage"])
         run.tracker.first_step = state["step"] + 1
         return Position(state["epoch"], state["step"], state["best"])
@@ -122,7 +121,7 @@ def dry_run(stage: DiffusionStage, latents: Latents, sampler: EpochSampler) -> N
 
 def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: utils.Run, position: Position) -> None:
     """Every epoch: train, now and then validate, publish what is best, save what the next step needs."""
-    train, last = run.cfg.diffusion_train, run.env.model_dir / LAST
+    train = run.cfg.diffusion_train
     marks = fingerprint(run.cfg, latents.facts)
     if run.init_from:
         # What it starts with is the first candidate: a training that makes it worse publishes nothing.
@@ -130,7 +129,7 @@ def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: uti
     while position.epoch < train.max_epochs:
         epoch_log = train_one_epoch(stage, latents, sampler, run, position)
         if run.should_stop():
-            save_state(last, position.state(stage.state_dict(), marks))
+            save_state(run.last, position.state(stage.state_dict(), marks))
             raise KeyboardInterrupt
         position.epoch += 1
         due = position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs
@@ -138,7 +137,7 @@ def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: uti
         if train.sample_interval and position.epoch % train.sample_interval == 0:
             preview(stage, latents, run, position)
         report(epoch_log, stage, run, position, validation)
-        save_state(last, position.state(stage.state_dict(), marks))
+        save_state(run.last, position.state(stage.state_dict(), marks))
 
 
 def report(

@@ -31,6 +31,12 @@ def save_state(path: Path, state: State) -> None:
     distributed.barrier()
 
 
+def require_state(path: Path) -> None:
+    """Refuse to resume from nothing. Raises `CheckpointError`."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no checkpoint to resume from; start without --resume")
+
+
 def load_state(path: Path, fingerprint: State) -> State:
     """Read what `save_state` wrote, for the very same training.
 
@@ -41,17 +47,25 @@ def load_state(path: Path, fingerprint: State) -> State:
     Raises:
         CheckpointError: there is nothing to resume from, it is damaged, or it is of another training.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no checkpoint to resume from; start without --resume")
+    require_state(path)
     try:
         state = read_pickled(path)
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(state, dict) or "fingerprint" not in state:
         raise CheckpointError(f"{path}: is not a training state")
-    different = [key for key, value in fingerprint.items() if state["fingerprint"].get(key) != value]
+    was, now = _flat(state["fingerprint"]), _flat(fingerprint)
+    different = [key for key, value in now.items() if was.get(key) != value]
     if different:
-        shown = "; ".join(f"{key} was {state['fingerprint'].get(key)!r}, is {fingerprint[key]!r}" for key in different)
+        shown = "; ".join(f"{key} was {was.get(key)!r}, is {now[key]!r}" for key in different)
         raise CheckpointError(f"{path}: belongs to another training: {shown}")
     log(f"resuming from {path}: epoch {state['epoch']}, step {state['step']}")
     return state
+
+
+def _flat(values: State, place: str = "") -> State:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`, so that a message names the very key."""
+    flat: State = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
+    return flat

@@ -75,7 +75,7 @@ def save_weights(path: Path, tensors: dict[str, Tensor], card: WeightsCard) -> N
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         try:
-            save_file(contiguous, temporary, metadata={"format": "pt", "ldm3d": card.model_dump_json()})
+            save_file(contiguous, temporary, metadata={"ldm3d": card.model_dump_json()})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
