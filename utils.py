@@ -140,8 +140,8 @@ def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -
     except UserError as error:
         if "--traceback" in sys.argv:
             raise
-        if distributed.is_main():
-            print(f"error: {error}", file=sys.stderr)
+        if distributed.is_main() or error.met_by_one:
+            print(f"error: {error.one_line()}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
     except KeyboardInterrupt:
         if distributed.is_main():

@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from torch import Tensor
 
 from ldm3d.errors import ConfigError
-from ldm3d.schema import DdpmSchedule, RFlowSchedule, Schedule
+from ldm3d.schema import SAMPLERS, DdpmSchedule, RFlowSchedule, SamplerName, Schedule
 
-SamplerName = Literal["ddpm", "ddim", "pndm", "rflow"]
-SAMPLERS: dict[str, tuple[SamplerName, ...]] = {"ddpm": ("ddim", "ddpm", "pndm"), "rflow": ("rflow",)}
 DEFAULT_STEPS: dict[str, int] = {"rflow": 30, "ddim": 50, "pndm": 50}
 Denoise = Callable[[Tensor, Tensor], Tensor]
 

@@ -2,7 +2,19 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Scripts print it as one line and exit with status 2."""
+    """A mistake that the user can mend. Scripts print it as one line and exit with status 2.
+
+    Of several processes rank 0 prints it, unless `met_by_one` says that another one may be the only one to know.
+    """
+
+    met_by_one = False
+
+    def one_line(self) -> str:
+        """The message; of an error from a loader's process, which torch hands on with its traceback, the last line."""
+        lines = [line.strip() for line in str(self).splitlines() if line.strip()]
+        if "Traceback (most recent call last):" in lines:
+            lines = [lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__qualname__}: ")]
+        return " ".join(lines)
 
 
 class ConfigError(UserError):
@@ -33,6 +45,8 @@ class NonFiniteLoss(UserError):
         terms: the loss terms of this step by name.
         cases: names of the volumes in the batch.
     """
+
+    met_by_one = True
 
     def __init__(self, step: int, terms: dict[str, float], cases: list[str]):
         self.step, self.terms, self.cases = step, terms, cases

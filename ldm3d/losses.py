@@ -101,10 +101,11 @@ def load_perceptual(train: AutoencoderTrain) -> nn.Module | None:
                 cache_dir=str(_existing(folder)) if folder else None,
             )
     except Exception as error:  # torch.hub, lpips and torchvision each raise their own kinds
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
         log(
-            f"notice: no perceptual loss: the weights of {name!r} cannot be loaded ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}). To use it, run once where there is "
-            "a network, or set autoencoder_train.perceptual_weights to a folder that holds them"
+            f"notice: no perceptual loss: the weights of {name!r} cannot be loaded ({type(error).__name__}: {reason}). "
+            "To use it, install the package that is named, if one is, and run once where there is a network, or set "
+            "autoencoder_train.perceptual_weights to a folder that holds them"
         )
         return None
     return loss.eval().requires_grad_(False)

@@ -210,6 +210,9 @@ class RFlowSchedule(Strict):
 
 
 Schedule = DdpmSchedule | RFlowSchedule
+SamplerName = Literal["ddpm", "ddim", "pndm", "rflow"]
+SAMPLERS: dict[str, tuple[SamplerName, ...]] = {"ddpm": ("ddim", "ddpm", "pndm"), "rflow": ("rflow",)}
+"""Which samplers a kind of diffusion allows; the first one is its default."""
 
 
 class DataConfig(Strict):
@@ -235,7 +238,7 @@ class DataConfig(Strict):
 class SamplingConfig(Strict):
     """What inference.py does when no flag says otherwise."""
 
-    scheduler: Literal["ddpm", "ddim", "pndm", "rflow"] | None = None
+    scheduler: SamplerName | None = None
     """Sampler; by default rflow for rectified flow, ddim for ddpm."""
     steps: Positive | None = None
     """Network evaluations per volume; by default 30 for rflow, 50 for ddim and pndm, all for ddpm."""
@@ -289,7 +292,12 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        problems = [*_channel_problems(self), *_level_problems(self), *_size_problems(self)]
+        problems = [
+            *_channel_problems(self),
+            *_level_problems(self),
+            *_size_problems(self),
+            *_schedule_problems(self.noise_schedule, self.sampling),
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -358,6 +366,20 @@ def _size_problems(cfg: Config) -> list[str]:
         for key, (size, factor) in wanted.items()
         if any(n % factor for n in size)
     ]
+
+
+def _schedule_problems(schedule: Schedule, sampling: SamplingConfig) -> list[str]:
+    problems = []
+    if isinstance(schedule, DdpmSchedule) and schedule.beta_start >= schedule.beta_end:
+        problems.append(
+            f"NoiseScheduler.beta_start {schedule.beta_start} must be smaller than beta_end {schedule.beta_end}"
+        )
+    if sampling.scheduler not in (None, *SAMPLERS[schedule.type]):
+        right = " or ".join(SAMPLERS[schedule.type])
+        problems.append(f"sampling.scheduler {sampling.scheduler!r}: {schedule.type} is sampled with {right}")
+    if (sampling.steps or 1) > schedule.num_train_timesteps:
+        problems.append(f"sampling.steps {sampling.steps} must be at most {schedule.num_train_timesteps}")
+    return problems
 
 
 def _nearest(size: Size, factor: int) -> list[int]:

@@ -1,6 +1,7 @@
 """What can happen to a running script, at a chosen place: signals, a kill, a full disk. See `warm.py`."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,13 @@ def signal_at_step(name: str, step: int) -> None:
 
     for stage in (AutoencoderStage, DiffusionStage):
         _before(stage, "train_step", lambda _, batch, number, *more: number == step and _signal(name))
+
+
+def lose_data_at_step(folder: str, step: int) -> None:
+    """The disk with the data set and its cache goes away before the training step of this number."""
+    from ldm3d.autoencoder_stage import AutoencoderStage
+
+    _before(AutoencoderStage, "train_step", lambda _, batch, number, *more: number == step and shutil.rmtree(folder))
 
 
 def validation_says(*losses: float) -> None:

@@ -362,8 +362,14 @@ def test_the_start_is_quick(desk: Desk) -> None:
     require_refused(result, "missing.json: cannot be read: No such file")
 
 
-def test_a_required_argument_is_missing(desk: Desk) -> None:
-    require_refused(desk.run_cold(STAGE_1, "-c", desk.config), "-e/--environment-file", "--help")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_gone_while_training(workers: int, desk: Desk, run: Run) -> None:
+    """Also where another process notices it, whose error comes with a traceback."""
+    data = Path(shutil.copytree(desk.data, desk.folder / "data"))
+    desk.write_environment(data_base_dir=str(data))
+    result = run(STAGE_1, "--set", f"data.num_workers={workers}", faults=[("lose_data_at_step", str(data), 9)])
+    require_refused(result, f"{data}/Task01_BrainTumour/imagesTr/BRATS_", ".nii.gz is not there")
+    assert torch.load(desk.model / "autoencoder_last.pt", weights_only=True)["epoch"] == 2
 
 
 FULL = {

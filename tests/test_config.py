@@ -380,7 +380,7 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
         ("ddp_backend=gloo", "ddp_backend", "gloo"),
         ("data.datalist=a=b.csv", "data.datalist", Path("a=b.csv")),
         ("data.num_workers=0", "data.num_workers", 0),
-        ('NoiseScheduler={"type": "rflow"}', "noise_schedule.type", "rflow"),
+        ('NoiseScheduler={"num_train_timesteps": 500}', "noise_schedule.num_train_timesteps", 500),
         ("NoiseScheduler.prediction_type=v_prediction", "noise_schedule.prediction_type", "v_prediction"),
         ("seed=@spatial_dims", "seed", 3),
         ("autoencoder_train.max_epochs=3", "autoencoder_train.max_epochs", 3),
@@ -503,3 +503,16 @@ def test_every_key_says_what_it_is() -> None:
         if not (value.get("description") or schema["$defs"][value["$ref"].split("/")[-1]].get("description"))
     ]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("NoiseScheduler.beta_start=0.5", "beta_start 0.5 must be smaller than beta_end"),
+        ("sampling.scheduler=rflow", "'rflow': ddpm is sampled with ddim or ddpm or pndm"),
+        ("sampling.steps=1001", "sampling.steps 1001 must be at most 1000"),
+    ],
+)
+def test_schedule_and_sampling_that_contradict_each_other_are_refused(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(ROOT / "config" / "config_train_16g.json", [override])

@@ -265,6 +265,13 @@ def test_part_of_the_tensors_is_not_enough(generative: Any, tmp_path: Path) -> N
         refused(tmp_path / "part.pt", ours)
 
 
+def test_a_tensor_by_an_unknown_name_is_not_left_out(generative: Any, tmp_path: Path) -> None:
+    theirs = generative.DiffusionModelUNet(**older_arguments(CFG.diffusion_def)).state_dict()
+    theirs["conv_into.conv.weight"] = theirs.pop("conv_in.conv.weight")
+    torch.save(theirs, tmp_path / UNET)
+    refused(tmp_path / UNET, build_unet(CFG.diffusion_def))
+
+
 def test_tutorial_files_of_blocks(tmp_path: Path) -> None:
     """A network with `patchify`, which the tutorial does not have, has no tutorial files."""
     cfg = tiny.config(autoencoder_def={"patchify": 2})

@@ -228,6 +228,23 @@ def test_missing_and_unknown_tensors_are_counted_and_nothing_is_loaded() -> None
     assert tiny.equal_states(before, network.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("bias"), "1 tensors missing, 0 unknown, 0 of another shape"),
+        (lambda tensors: tensors.update(extra=torch.ones(1)), "0 tensors missing, 1 unknown, 0 of another shape"),
+        (lambda tensors: tensors.update(bias=torch.ones(1)), "0 tensors missing, 0 unknown, 1 of another shape"),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_one_tensor_that_does_not_fit_is_enough(change: Callable[[Any], Any], message: str) -> None:
+    network = torch.nn.Linear(2, 2)
+    tensors = dict(network.state_dict())
+    change(tensors)
+    with pytest.raises(WeightsError, match=message):
+        load_into(network, tensors, Path("file"))
+
+
 def test_a_config_that_contradicts_the_weights() -> None:
     stored, path = CFG.diffusion_def, Path("file")
     check_definition(path, stored, CFG.diffusion_def.model_copy(), "diffusion_def")

@@ -16,6 +16,7 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -72,6 +73,7 @@ def become(request: dict[str, Any]) -> None:
         os.dup2(os.open(path, flags), descriptor)
     os.environ.clear()
     os.environ.update(request["env"])
+    tempfile.tempdir = None  # forget the server's
     os.chdir(request["cwd"])
     sys.path[0] = str(ROOT)
     sys.argv = [str(ROOT / request["script"]), *request["args"]]
