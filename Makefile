@@ -26,6 +26,8 @@ $(VENV)/run: requirements.txt
 $(VENV)/dev: requirements-dev.txt $(VENV)/run
 	@echo "== environment: $(VENV), with requirements-dev.txt"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@# The older package, whose weights must load; it pins an older monai, so it comes without what it asks for.
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps monai-generative==0.2.3
 	@touch $@
 
 data/phantom/Task01_BrainTumour/dataset.json: | $(VENV)/run

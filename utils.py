@@ -14,7 +14,7 @@ import torch
 
 from ldm3d import distributed
 from ldm3d.allocator import keep_freed_memory
-from ldm3d.checkpoint import require_state
+from ldm3d.checkpoint import LAST, require_state
 from ldm3d.config import load_config, load_environment
 from ldm3d.errors import ConfigError, UserError
 from ldm3d.files import require_writable
@@ -87,11 +87,6 @@ class Run:
         return bool(distributed.all_sum(flag).item())
 
 
-def last_state(env: Environment, stage: str) -> Path:
-    """Where a stage keeps what it needs to be resumed."""
-    return env.model_dir / f"{stage}_last.pt"
-
-
 @contextmanager
 def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage: str) -> Iterator[Run]:
     """Check what can be checked early, join the other processes, open the event file.
@@ -101,11 +96,11 @@ def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage:
         CheckpointError: there is nothing to resume from.
         OutputError: a folder cannot be written to.
     """
-    resume = args.resume or env.resume_ckpt
+    resume, last = args.resume or env.resume_ckpt, env.model_dir / LAST[stage]
     if resume and args.init_from:
         raise ConfigError("--resume and --init-from exclude each other: a resumed run already has its weights")
     if resume:
-        require_state(last_state(env, stage))
+        require_state(last)
     distributed.check_gpus(args.gpus)
     require_writable(env.model_dir)
     require_writable(env.tfevent_path)
@@ -113,7 +108,7 @@ def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage:
         distributed.process_group(cfg.ddp_backend, cfg.ddp_timeout_seconds) as device,
         Tracker(env.tfevent_path / stage) as tracker,
     ):
-        yield Run(cfg, env, device, tracker, last_state(env, stage), resume, args.init_from)
+        yield Run(cfg, env, device, tracker, last, resume, args.init_from)
 
 
 @contextmanager

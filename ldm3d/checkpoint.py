@@ -12,6 +12,8 @@ from ldm3d.files import atomic_path
 from ldm3d.weights import read_pickled
 
 State = dict[str, Any]
+LAST = {"autoencoder": "autoencoder_last.pt", "diffusion": "diffusion_last.pt"}
+"""Where in `model_dir` each stage keeps what it needs to be resumed."""
 
 
 def save_state(path: Path, state: State) -> None:

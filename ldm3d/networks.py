@@ -11,7 +11,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm3d.schema import AutoencoderDef, DiffusionDef, DiscriminatorDef
+from ldm3d.definitions import AutoencoderDef, DiffusionDef, DiscriminatorDef
 
 # A fresh posterior then has standard deviation 0.05 instead of 1, which would drown the signal for hundreds of steps.
 INITIAL_LOG_VARIANCE = -6.0

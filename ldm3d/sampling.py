@@ -1,7 +1,8 @@
 """Noise -> latent -> volume. One Sampler for the script, the service and the notebook.
 
 Volume i of a request depends on (weights, settings, seed, i) alone. Its noise comes from a generator of its own, on
-the CPU; and inside a batch nothing is computed otherwise than alone: see `batch_invariant`.
+the CPU; and inside a batch on the CPU nothing is computed otherwise than alone: see `batch_invariant`. Another machine,
+another number of threads, and on a GPU another batch size, can add in another order, which shows in the last digits.
 """
 
 import hashlib

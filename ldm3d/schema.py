@@ -1,124 +1,26 @@
 """The configuration: every key, its type, default, unit and meaning, and which values go together.
 
 Files are read by `ldm3d.config`; here is only what a valid configuration is. Key names follow the
-MONAI tutorial `generation/3d_ldm`. The networks' keys are their MONAI constructor arguments.
+MONAI tutorial `generation/3d_ldm`. The networks' own keys are in `ldm3d.definitions`.
 """
 
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Size = tuple[Positive, Positive, Positive]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Strict(BaseModel):
-    """Frozen, without unknown keys, without silent conversions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, populate_by_name=True
-    )
-
-
-class AutoencoderDef(Strict):
-    """Arguments of `monai.networks.nets.AutoencoderKL`, and `patchify`."""
-
-    spatial_dims: Literal[3] = 3
-    """Number of spatial dimensions."""
-    in_channels: Positive = 1
-    """Image channels going in."""
-    out_channels: Positive = 1
-    """Image channels coming out."""
-    latent_channels: Positive
-    """Channels of the latent."""
-    channels: tuple[Positive, ...] = Field(min_length=1)
-    """Feature channels of each level; each level after the first halves the grid."""
-    num_res_blocks: Positive | tuple[Positive, ...] = 2
-    """Residual blocks per level."""
-    attention_levels: tuple[bool, ...]
-    """Which levels have self-attention."""
-    norm_num_groups: Positive = 32
-    """Groups of the group normalisation; must divide every entry of `channels`."""
-    norm_eps: PositiveFloat = 1e-6
-    """Epsilon of the group normalisation."""
-    with_encoder_nonlocal_attn: bool = False
-    """Self-attention in the middle of the encoder."""
-    with_decoder_nonlocal_attn: bool = False
-    """Self-attention in the middle of the decoder."""
-    include_fc: bool = True
-    """Output projection of the attention blocks (MONAI's default)."""
-    use_combined_linear: bool = False
-    """One matrix for query, key and value."""
-    use_flash_attention: bool = False
-    """Scaled dot-product attention: the same result, 2 to 4 times faster, half the memory."""
-    patchify: Positive = 1
-    """Fold blocks of this many voxels a side into channels before the first convolution, unfold them after the last:
-    a cheap first level for small machines. 1 is MONAI's network unchanged."""
-
-    @property
-    def downsampling(self) -> int:
-        """Voxels a side of the image for each voxel of the latent."""
-        return self.patchify * 2 ** (len(self.channels) - 1)
-
-
-class DiscriminatorDef(Strict):
-    """Arguments of `monai.networks.nets.PatchDiscriminator`."""
-
-    channels: Positive = 32
-    """Feature channels of the first layer; doubled by each further one."""
-    num_layers_d: Positive = 3
-    """Number of strided layers."""
-    norm: Literal["INSTANCE", "BATCH"] = "INSTANCE"
-    """Normalisation; BATCH is synchronised over processes when `sync_bn` is true."""
-
-
-class DiffusionDef(Strict):
-    """Arguments of `monai.networks.nets.DiffusionModelUNet`."""
-
-    spatial_dims: Literal[3] = 3
-    """Number of spatial dimensions."""
-    in_channels: Positive
-    """Channels of the latent."""
-    out_channels: Positive
-    """Channels of the latent."""
-    channels: tuple[Positive, ...] = Field(min_length=1)
-    """Feature channels of each level; each level after the first halves the grid."""
-    num_res_blocks: Positive | tuple[Positive, ...] = 2
-    """Residual blocks per level."""
-    attention_levels: tuple[bool, ...]
-    """Which levels have self-attention."""
-    num_head_channels: NotNegative | tuple[NotNegative, ...] = 8
-    """Channels of each attention head, for all levels or for each."""
-    norm_num_groups: Positive = 32
-    """Groups of the group normalisation; must divide every entry of `channels`."""
-    norm_eps: PositiveFloat = 1e-6
-    """Epsilon of the group normalisation."""
-    resblock_updown: bool = False
-    """Residual blocks instead of convolutions for changing the grid."""
-    include_fc: bool = True
-    """Output projection of the attention blocks (MONAI's default)."""
-    use_combined_linear: bool = False
-    """One matrix for query, key and value."""
-    use_flash_attention: bool = True
-    """Scaled dot-product attention: the same result, 2 to 4 times faster, half the memory."""
-    dropout_cattn: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout in the attention blocks."""
-
-    @property
-    def downsampling(self) -> int:
-        """Voxels a side of the latent for each voxel of the coarsest level."""
-        return 2 ** (len(self.channels) - 1)
-
-    @property
-    def head_channels(self) -> tuple[int, ...]:
-        """`num_head_channels` for each level."""
-        heads = self.num_head_channels
-        return heads if isinstance(heads, tuple) else (heads,) * len(self.channels)
+from ldm3d.definitions import (
+    AutoencoderDef,
+    DiffusionDef,
+    DiscriminatorDef,
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveFloat,
+    Size,
+    Strict,
+    Weight,
+)
 
 
 class Optimization(Strict):

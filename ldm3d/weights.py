@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm3d import __version__
+from ldm3d.definitions import AutoencoderDef, DiffusionDef, DiscriminatorDef, Strict
 from ldm3d.errors import WeightsError
 from ldm3d.files import atomic_path
 from ldm3d.networks import build_autoencoder, build_unet
-from ldm3d.schema import AutoencoderDef, DdpmSchedule, DiffusionDef, DiscriminatorDef, RFlowSchedule, Strict
+from ldm3d.schema import DdpmSchedule, RFlowSchedule
 
 FORMAT_VERSION = 1
 AUTOENCODER, DISCRIMINATOR, UNET = "autoencoder.safetensors", "discriminator.safetensors", "diffusion_unet.safetensors"

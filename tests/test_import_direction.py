@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The rooms of ldm3d. Each imports from those above it only, so there is no circle.
 ROOMS = """
-    errors files distributed console schema config
+    errors files distributed console definitions schema config
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
     networks losses diffusion weights latents allocator training checkpoint progress sampling tutorial

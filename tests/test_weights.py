@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ldm3d import weights
+from ldm3d.definitions import DiscriminatorDef
 from ldm3d.errors import OutputError, WeightsError
-from ldm3d.schema import DdpmSchedule, DiscriminatorDef
+from ldm3d.schema import DdpmSchedule
 from ldm3d.weights import (
     AUTOENCODER,
     LATENT_MEAN,
