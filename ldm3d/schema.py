@@ -177,7 +177,7 @@ class Config(Strict):
     """Stage 3."""
     data: DataConfig = DataConfig()
     """The data set."""
-    seed: NotNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random in training."""
     amp: bool = True
     """Mixed precision on a GPU: bfloat16 where the GPU has it, else float16. No effect on a CPU, where it is slower."""

@@ -1,11 +1,14 @@
 """Run the scripts as users do, in processes of their own, and look at what they leave."""
 
+import atexit
 import getpass
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,10 +95,15 @@ class Desk:
         self.config, self.environment = folder / "config.json", folder / "environment.json"
         self.model, self.runs, self.results = folder / "model", folder / "runs", folder / "results"
         self.data = data or folder / "data"
+        # Not in the folder: the sockets of the processes that load data lie here, whose paths must be short.
+        name = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+        self.temporary = Path(tempfile.gettempdir()) / f"desk-{name}"
 
     def furnish(self) -> "Desk":
         """Make the folder with the two files."""
-        (self.home / "tmp").mkdir(parents=True)
+        self.home.mkdir(parents=True)
+        self.temporary.mkdir(exist_ok=True)
+        atexit.register(shutil.rmtree, self.temporary, ignore_errors=True)
         self.write_config()
         self.write_environment()
         return self
@@ -127,7 +135,7 @@ class Desk:
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
         return kept | {
             "HOME": str(self.home),
-            "TMPDIR": str(self.home / "tmp"),
+            "TMPDIR": str(self.temporary),
             # monai imports matplotlib, which notes the machine's fonts where it has not done so yet.
             "MPLCONFIGDIR": str(self.home / "matplotlib"),
             "OMP_NUM_THREADS": "1",

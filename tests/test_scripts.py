@@ -96,7 +96,7 @@ def test_everything_is_written_where_the_environment_says(trained: Desk) -> None
         *("config.json", "environment.json", "said.json", "home"),
         *("model", "runs", "results", "data"),
     }
-    assert [path for path in tree(trained.home) if Path(path) != trained.home / "tmp"] == []
+    assert tree(trained.home, trained.temporary) == {}
     assert {path.name for path in trained.model.iterdir()} == {
         *("autoencoder.safetensors", "discriminator.safetensors", "diffusion_unet.safetensors"),
         *("autoencoder_last.pt", "diffusion_last.pt", "split.json"),
