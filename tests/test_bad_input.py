@@ -363,6 +363,13 @@ def test_the_start_is_quick(desk: Desk) -> None:
     require_refused(result, "missing.json: cannot be read: No such file")
 
 
+def test_traceback_for_those_who_ask(desk: Desk, run: Run) -> None:
+    missing_config(desk)
+    result = run(STAGE_1, "--traceback")
+    assert result.code != 0 and "Traceback" in result.stderr
+    assert result.last_line.startswith("ldm3d.errors.ConfigError: ") and "No such file" in result.last_line
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_gone_while_training(workers: int, desk: Desk, run: Run) -> None:
     """Also where another process notices it, whose error comes with a traceback."""
