@@ -108,7 +108,7 @@ def window(volume: Any, low: float = 0.5, high: float = 99.5) -> np.ndarray:
 
 
 def tensorboard_image(original: Any, reconstruction: Any, spacing: Sequence[float] = (1, 1, 1)) -> np.ndarray:
-    """Three planes of a volume, and below them those of its reconstruction, for `SummaryWriter.add_image`.
+    """Three planes of a volume, and below them those of its reconstruction, for `Tracker.image`.
 
     Args:
         original: (X, Y, Z) or (1, X, Y, Z) in [0, 1], array or tensor on any device.

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,12 @@ def lose_data_at_step(folder: str, step: int) -> None:
     """The disk with the data set and its cache goes away before the training step of this number."""
     from ldm3d.autoencoder_stage import AutoencoderStage
 
-    _before(AutoencoderStage, "train_step", lambda _, batch, number, *more: number == step and shutil.rmtree(folder))
+    def remove(_: Any, batch: Any, number: int, *more: Any) -> None:
+        if number == step:
+            time.sleep(1)  # until the processes that load data have nothing left to do: they must miss it later
+            shutil.rmtree(folder)
+
+    _before(AutoencoderStage, "train_step", remove)
 
 
 def validation_says(*losses: float) -> None:

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from scripts import Desk, Result, tree
 
+import utils
+from ldm3d.errors import DataError, NonFiniteLoss
 from ldm3d.nifti import read_volume, write_volume
 from ldm3d.tutorial import AUTOENCODER, UNET
 
@@ -370,12 +373,24 @@ def test_traceback_for_those_who_ask(desk: Desk, run: Run) -> None:
     assert result.last_line.startswith("ldm3d.errors.ConfigError: ") and "No such file" in result.last_line
 
 
+def test_an_error_that_only_another_process_has_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(utils.distributed, "is_main", lambda: False)
+    for error, said in ((DataError("known to all"), ""), (NonFiniteLoss(3, {"l1": float("nan")}, ["a"]), "error: ")):
+        with pytest.raises(SystemExit) as stop:
+            utils.run_script(partial(raises, error))
+        assert stop.value.code == 2 and capsys.readouterr().err[:7] == said
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_gone_while_training(workers: int, desk: Desk, run: Run) -> None:
     """Also where another process notices it, whose error comes with a traceback."""
     data = Path(shutil.copytree(desk.data, desk.folder / "data"))
     desk.write_environment(data_base_dir=str(data))
-    result = run(STAGE_1, "--set", f"data.num_workers={workers}", faults=[("lose_data_at_step", str(data), 9)])
+    result = run(STAGE_1, "--set", f"data.num_workers={workers}", faults=[("lose_data_at_step", str(data), 8)])
     require_refused(result, f"{data}/Task01_BrainTumour/imagesTr/BRATS_", ".nii.gz is not there")
     assert torch.load(desk.model / "autoencoder_last.pt", weights_only=True)["epoch"] == 2
 

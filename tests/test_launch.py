@@ -393,4 +393,5 @@ def test_the_batch_files_processes_meet_without_libuv(tmp_path: Path, as_the_bat
         timeout=120,
     )
     assert (done.returncode == 0) == as_the_batch_file, done.stderr
-    assert sorted(done.stdout.splitlines()) == (["rank 0 of 2", "rank 1 of 2"] if as_the_batch_file else [])
+    met = sorted(re.findall(r"rank \d of \d", done.stdout))  # the two may write into one line
+    assert met == (["rank 0 of 2", "rank 1 of 2"] if as_the_batch_file else [])
