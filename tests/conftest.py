@@ -10,7 +10,6 @@ import pytest
 from filelock import FileLock
 from scripts import NUM_CASES, Desk, Result, Warm
 
-
 # Where the tests are started in the background of a shell, it has told them to ignore Ctrl-C, and what they start would
 # inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
