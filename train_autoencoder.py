@@ -4,6 +4,7 @@ python train_autoencoder.py -c config/config_train_16g.json -e config/environmen
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ import torch
 import utils
 from ldm3d import distributed
 from ldm3d.autoencoder_stage import AutoencoderStage
-from ldm3d.checkpoint import load_state, save_state
 from ldm3d.console import log, progress
 from ldm3d.data import PatchDataset, Prepared, prepare_data, train_loader, validation_loader
 from ldm3d.montage import tensorboard_image
 from ldm3d.networks import count_parameters
 from ldm3d.progress import EpochLog, Position, rounded
+from ldm3d.randomness import StepRandom
+from ldm3d.replay import kept_for_replay, replay
+from ldm3d.run import Run
 from ldm3d.schema import Config
-from ldm3d.training import seed_step
 
 # What a good start needs to have seen of the training set.
 FIRST_LOOK = 32
@@ -30,14 +32,17 @@ def main() -> None:
     with utils.training_run(cfg, env, args, "autoencoder") as run:
         data = prepare_data(cfg, env)
         facts = describe(cfg, data)
+        run.fingerprint = fingerprint(cfg, facts)
         loaders = train_loader(data, cfg, "autoencoder"), validation_loader(data, cfg, "autoencoder")
         stage = AutoencoderStage(cfg, run.device, cfg.autoencoder_train.max_epochs * len(loaders[0]))
-        position = begin(stage, data, run, facts)
+        position = begin(stage, data, run)
         announce(stage, data, run)
-        if args.dry_run:
-            dry_run(stage, loaders)
+        if args.replay:
+            replay(args.replay, stage)
+        elif args.dry_run:
+            dry_run(stage, loaders, run)
         else:
-            with utils.interrupts_noted(run):
+            with run.stop.noted():
                 fit(stage, loaders, run, position, facts)
 
 
@@ -62,13 +67,10 @@ def fingerprint(cfg: Config, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def begin(stage: AutoencoderStage, data: Prepared, run: utils.Run, facts: dict[str, Any]) -> Position:
+def begin(stage: AutoencoderStage, data: Prepared, run: Run) -> Position:
     """Resume, or start with given weights, or start fresh."""
     if run.resume:
-        state = load_state(run.last, fingerprint(run.cfg, facts))
-        stage.load_state_dict(state["stage"])
-        run.tracker.first_step = state["step"] + 1
-        return Position(state["epoch"], state["step"], state["best"])
+        return run.load(stage)
     if run.init_from:
         stage.start_from(run.init_from)
         log(f"going on from the weights in {run.init_from}")
@@ -83,7 +85,7 @@ def first_look(data: Prepared, patch_size: Sequence[int]) -> torch.Tensor:
     return torch.stack([volumes[i]["image"] for i in range(len(volumes))])
 
 
-def announce(stage: AutoencoderStage, data: Prepared, run: utils.Run) -> None:
+def announce(stage: AutoencoderStage, data: Prepared, run: Run) -> None:
     log(
         f"autoencoder: {count_parameters(stage.autoencoder) / 1e6:.2f} M parameters on {run.device}, "
         f"{distributed.world_size()} process(es); {len(data.split.train)} training and "
@@ -93,35 +95,32 @@ def announce(stage: AutoencoderStage, data: Prepared, run: utils.Run) -> None:
     run.tracker.text("config", f"```json\n{run.cfg.model_dump_json(indent=2, by_alias=True)}\n```")
 
 
-def dry_run(stage: AutoencoderStage, loaders: tuple[Any, Any]) -> None:
-    terms = stage.train_step(next(iter(loaders[0])), 0, stage.has_discriminator)
+def dry_run(stage: AutoencoderStage, loaders: tuple[Any, Any], run: Run) -> None:
+    batch = next(iter(loaders[0]))
+    random = StepRandom(run.cfg.seed, 0, len(batch["case"]), run.device)
+    terms = stage.train_step(batch, random, stage.has_discriminator)
     validation, _ = stage.validate([next(iter(loaders[1]))])
     log(f"dry run: one step {rounded(terms)}, one validation {rounded(validation)}")
 
 
-def fit(
-    stage: AutoencoderStage, loaders: tuple[Any, Any], run: utils.Run, position: Position, facts: dict[str, Any]
-) -> None:
-    """Every epoch: train, now and then validate, publish what is best, save what the next step needs."""
+def fit(stage: AutoencoderStage, loaders: tuple[Any, Any], run: Run, position: Position, facts: dict[str, Any]) -> None:
+    """Every epoch: train, now and then validate, publish what is best. `run.pause` saves what the next step needs."""
     train = run.cfg.autoencoder_train
-    marks = fingerprint(run.cfg, facts)
     if run.init_from:
         # What it starts with is the first candidate: a training that makes it worse publishes nothing.
         judge(stage, loaders[1], run, position, facts)
     while position.epoch < train.max_epochs:
         epoch_log = train_one_epoch(stage, loaders[0], run, position)
-        if run.should_stop():
-            save_state(run.last, position.state(stage.state_dict(), marks))
-            raise KeyboardInterrupt
-        position.epoch += 1
-        due = position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs
+        last = position.epoch + 1 == train.max_epochs
+        due = (position.epoch + 1) % train.val_interval == 0 or last
         validation = judge(stage, loaders[1], run, position, facts) if due else {}
+        position.epoch += 1
         report(epoch_log, stage, run, position, validation)
-        save_state(run.last, position.state(stage.state_dict(), marks))
+    run.save(stage, position)
 
 
 def report(
-    epoch_log: EpochLog, stage: AutoencoderStage, run: utils.Run, position: Position, validation: dict[str, float]
+    epoch_log: EpochLog, stage: AutoencoderStage, run: Run, position: Position, validation: dict[str, float]
 ) -> None:
     if not epoch_log.volumes:  # stopped between an epoch's last step and its end, resumed here
         return
@@ -133,27 +132,28 @@ def report(
     run.tracker.scalars("share", epoch_log.shares(), position.step)
 
 
-def train_one_epoch(stage: AutoencoderStage, loader: Any, run: utils.Run, position: Position) -> EpochLog:
-    """The rest of the epoch from `position.step` on; stops early, after a whole step, when it is asked to."""
+def train_one_epoch(stage: AutoencoderStage, loader: Any, run: Run, position: Position) -> EpochLog:
+    """The rest of the epoch from `position.step` on."""
     epoch_log = EpochLog()
     adversarial = stage.has_discriminator and position.epoch >= run.cfg.autoencoder_train.adv_warm_up_epochs
     start = position.step - position.epoch * len(loader)
     loader.batch_sampler.set_epoch(position.epoch, start)
     for batch in progress(loader, f"epoch {position.epoch + 1}", len(loader) - start, "step"):
-        seed_step(run.cfg.seed, position.step)
-        terms = stage.train_step(batch, position.step, adversarial)
+        random = StepRandom(run.cfg.seed, position.step, len(batch["case"]), run.device)
+        with kept_for_replay(run.env.model_dir, stage, batch, random, adversarial):
+            terms = stage.train_step(batch, random, adversarial)
         epoch_log.add(terms, len(batch["case"]) * distributed.world_size())
         position.step += 1
-        if run.should_stop():
-            break
+        run.pause(stage, position)
     return epoch_log
 
 
 def judge(
-    stage: AutoencoderStage, loader: Any, run: utils.Run, position: Position, facts: dict[str, Any]
+    stage: AutoencoderStage, loader: Any, run: Run, position: Position, facts: dict[str, Any]
 ) -> dict[str, float]:
     """Validate; publish the weights if no earlier ones were as good."""
-    measures, shown = stage.validate(loader)
+    measures, shown = stage.validate(takewhile(lambda _: run.going_on(), loader))
+    run.pause(stage, position)
     run.tracker.scalars("validation", measures, position.step)
     if shown:
         run.tracker.image("validation/reconstruction", tensorboard_image(*shown, run.cfg.spacing), position.step)

@@ -10,18 +10,19 @@ import torch
 
 import utils
 from ldm3d import distributed
-from ldm3d.checkpoint import load_state, save_state
 from ldm3d.console import log, progress
-from ldm3d.data import EpochSampler, PatchDataset, Prepared, cache_folder, prepare_data
-from ldm3d.diffusion_stage import DiffusionStage
+from ldm3d.data import EpochSampler, Key, PatchDataset, Prepared, cache_folder, prepare_data
+from ldm3d.diffusion_stage import Batch, DiffusionStage
 from ldm3d.files import sha256
 from ldm3d.latents import LatentCache, build_latent_cache
 from ldm3d.montage import tensorboard_image
 from ldm3d.networks import count_parameters
 from ldm3d.progress import EpochLog, Position, rounded
+from ldm3d.randomness import StepRandom
+from ldm3d.replay import kept_for_replay, replay
+from ldm3d.run import Run
 from ldm3d.sampling import Sampler
 from ldm3d.schema import Config
-from ldm3d.training import seed_step
 from ldm3d.weights import AUTOENCODER, AutoencoderCard, check_definition, load_autoencoder
 
 # Of the volumes generated for TensorBoard: always the same noise, so that pictures of different epochs compare.
@@ -45,19 +46,23 @@ def main() -> None:
         autoencoder, card = load_autoencoder(env.model_dir)
         check_definition(env.model_dir / AUTOENCODER, card.definition, cfg.autoencoder_def, "autoencoder_def")
         latents = encode(autoencoder, card, prepare_data(cfg, env), run)
-        sampler = EpochSampler(len(latents.train), cfg.diffusion_train.batch_size, cfg.seed)
+        run.fingerprint = fingerprint(cfg, latents.facts)
+        volumes_a_step = cfg.diffusion_train.batch_size * cfg.diffusion_train.accumulate_steps
+        sampler = EpochSampler(len(latents.train), volumes_a_step, cfg.seed)
         statistics = latents.train.statistics(cfg.diffusion_train.center_latents)
         stage = DiffusionStage(cfg, run.device, cfg.diffusion_train.max_epochs * len(sampler), statistics)
-        position = begin(stage, latents, run)
+        position = begin(stage, run)
         announce(stage, latents, run)
-        if args.dry_run:
-            dry_run(stage, latents, sampler)
+        if args.replay:
+            replay(args.replay, stage)
+        elif args.dry_run:
+            dry_run(stage, latents, sampler, run)
         else:
-            with utils.interrupts_noted(run):
+            with run.stop.noted():
                 fit(stage, latents, sampler, run, position)
 
 
-def encode(autoencoder: Any, card: AutoencoderCard, data: Prepared, run: utils.Run) -> Latents:
+def encode(autoencoder: Any, card: AutoencoderCard, data: Prepared, run: Run) -> Latents:
     """Latents of the middle `patch_size` of every volume, from the cache where they were made before."""
     cfg, env = run.cfg, run.env
     autoencoder = autoencoder.to(run.device)
@@ -90,20 +95,17 @@ def fingerprint(cfg: Config, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def begin(stage: DiffusionStage, latents: Latents, run: utils.Run) -> Position:
+def begin(stage: DiffusionStage, run: Run) -> Position:
     """Resume, or start with given weights, or start fresh."""
     if run.resume:
-        state = load_state(run.last, fingerprint(run.cfg, latents.facts))
-        stage.load_state_dict(state["stage"])
-        run.tracker.first_step = state["step"] + 1
-        return Position(state["epoch"], state["step"], state["best"])
+        return run.load(stage)
     if run.init_from:
         stage.start_from(run.init_from)
         log(f"going on from the weights in {run.init_from}")
     return Position()
 
 
-def announce(stage: DiffusionStage, latents: Latents, run: utils.Run) -> None:
+def announce(stage: DiffusionStage, latents: Latents, run: Run) -> None:
     shape = "x".join(map(str, run.cfg.latent_shape))
     log(
         f"diffusion: {count_parameters(stage.unet) / 1e6:.2f} M parameters on {run.device}, "
@@ -113,35 +115,30 @@ def announce(stage: DiffusionStage, latents: Latents, run: utils.Run) -> None:
     run.tracker.text("config", f"```json\n{run.cfg.model_dump_json(indent=2, by_alias=True)}\n```")
 
 
-def dry_run(stage: DiffusionStage, latents: Latents, sampler: EpochSampler) -> None:
-    indices = [visit % len(latents.train) for _, visit in next(iter(sampler))]
-    terms = stage.train_step(latents.train.sample(indices, stage.device), 0, [latents.train.cases[i] for i in indices])
+def dry_run(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: Run) -> None:
+    terms = stage.train_step(*drawn(latents, next(iter(sampler)), 0, run))
     log(f"dry run: one step {rounded(terms)}")
 
 
-def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: utils.Run, position: Position) -> None:
-    """Every epoch: train, now and then validate, publish what is best, save what the next step needs."""
+def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: Run, position: Position) -> None:
+    """Every epoch: train, now and then validate, publish what is best. `run.pause` saves what the next step needs."""
     train = run.cfg.diffusion_train
-    marks = fingerprint(run.cfg, latents.facts)
     if run.init_from:
         # What it starts with is the first candidate: a training that makes it worse publishes nothing.
         judge(stage, latents, run, position)
     while position.epoch < train.max_epochs:
         epoch_log = train_one_epoch(stage, latents, sampler, run, position)
-        if run.should_stop():
-            save_state(run.last, position.state(stage.state_dict(), marks))
-            raise KeyboardInterrupt
-        position.epoch += 1
-        due = position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs
-        validation = judge(stage, latents, run, position) if due else {}
-        if train.sample_interval and position.epoch % train.sample_interval == 0:
+        epoch, last = position.epoch + 1, position.epoch + 1 == train.max_epochs
+        validation = judge(stage, latents, run, position) if epoch % train.val_interval == 0 or last else {}
+        if train.sample_interval and epoch % train.sample_interval == 0:
             preview(stage, latents, run, position)
+        position.epoch = epoch
         report(epoch_log, stage, run, position, validation)
-        save_state(run.last, position.state(stage.state_dict(), marks))
+    run.save(stage, position)
 
 
 def report(
-    epoch_log: EpochLog, stage: DiffusionStage, run: utils.Run, position: Position, validation: dict[str, float]
+    epoch_log: EpochLog, stage: DiffusionStage, run: Run, position: Position, validation: dict[str, float]
 ) -> None:
     if not epoch_log.volumes:  # stopped between an epoch's last step and its end, resumed here
         return
@@ -151,27 +148,34 @@ def report(
 
 
 def train_one_epoch(
-    stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: utils.Run, position: Position
+    stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: Run, position: Position
 ) -> EpochLog:
-    """The rest of the epoch from `position.step` on; stops early, after a whole step, when it is asked to."""
+    """The rest of the epoch from `position.step` on."""
     epoch_log = EpochLog()
     start = position.step - position.epoch * len(sampler)
     sampler.set_epoch(position.epoch, start)
     for keys in progress(sampler, f"epoch {position.epoch + 1}", len(sampler) - start, "step"):
-        seed_step(run.cfg.seed, position.step)
-        indices = [visit % len(latents.train) for _, visit in keys]
-        batch = latents.train.sample(indices, run.device, run.cfg.diffusion_train.flip)
-        values = stage.train_step(batch, position.step, [latents.train.cases[i] for i in indices])
-        epoch_log.add(values, len(indices) * distributed.world_size())
+        batch, random = drawn(latents, keys, position.step, run)
+        with kept_for_replay(run.env.model_dir, stage, batch, random):
+            values = stage.train_step(batch, random)
+        epoch_log.add(values, len(keys) * distributed.world_size())
         position.step += 1
-        if run.should_stop():
-            break
+        run.pause(stage, position)
     return epoch_log
 
 
-def judge(stage: DiffusionStage, latents: Latents, run: utils.Run, position: Position) -> dict[str, float]:
+def drawn(latents: Latents, keys: list[Key], step: int, run: Run) -> tuple[Batch, StepRandom]:
+    """Fresh draws from the posteriors of a step's volumes, and what else the step draws."""
+    random = StepRandom(run.cfg.seed, step, len(keys), run.device)
+    indices = [visit % len(latents.train) for _, visit in keys]
+    latent = latents.train.sample(indices, random, run.cfg.diffusion_train.flip)
+    return {"latent": latent, "case": [latents.train.cases[i] for i in indices]}, random
+
+
+def judge(stage: DiffusionStage, latents: Latents, run: Run, position: Position) -> dict[str, float]:
     """Validate; publish the weights if no earlier ones were as good."""
-    losses = stage.validate(latents.validation)
+    losses = stage.validate(latents.validation, run.going_on)
+    run.pause(stage, position)
     run.tracker.scalars("validation", losses, position.step)
     if losses["loss"] < position.best:
         position.best = losses["loss"]
@@ -179,7 +183,7 @@ def judge(stage: DiffusionStage, latents: Latents, run: utils.Run, position: Pos
     return losses
 
 
-def preview(stage: DiffusionStage, latents: Latents, run: utils.Run, position: Position) -> None:
+def preview(stage: DiffusionStage, latents: Latents, run: Run, position: Position) -> None:
     """Generated volumes in three planes, for TensorBoard."""
     cfg = run.cfg
     if not distributed.is_main():

@@ -4,24 +4,22 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
-
-import torch
+from typing import NoReturn
 
 from ldm3d import distributed
 from ldm3d.allocator import keep_freed_memory
-from ldm3d.checkpoint import LAST, require_state
+from ldm3d.checkpoint import LAST, Checkpoints
 from ldm3d.config import load_config, load_environment
-from ldm3d.errors import ConfigError, UserError
+from ldm3d.errors import UserError
 from ldm3d.files import require_writable
+from ldm3d.lock import only_writer
+from ldm3d.run import Run, how_to_start
 from ldm3d.schema import Config, Environment
 from ldm3d.tracking import Tracker
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_USER_ERROR = 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,9 +52,17 @@ def training_parser(description: str) -> Parser:
     """A parser for the two training stages."""
     parser = config_parser(description)
     parser.add_argument("-g", "--gpus", type=int, help="GPUs of this machine to be used; checked, not chosen")
-    parser.add_argument("--resume", action="store_true", help="go on where the last checkpoint stands")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="always",
+        choices=["always", "auto"],
+        help="go on where the last checkpoint stands; auto: start fresh where there is none",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew where model_dir holds a training")
     parser.add_argument("--init-from", type=Path, metavar="DIR", help="start with the published weights in DIR")
     parser.add_argument("--dry-run", action="store_true", help="check everything, make one step, write no weights")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="make a step again that met NaN, and say where")
     parser.add_argument("--seed", type=int, help="seed of everything random; the configuration's by default")
     return parser
 
@@ -68,67 +74,34 @@ def read_settings(args: argparse.Namespace) -> tuple[Config, Environment]:
     return load_config(args.config_file, overrides), load_environment(args.environment_file)
 
 
-@dataclass
-class Run:
-    """What a training run stands on: its settings, its device, its tracker, and whether it was asked to stop."""
-
-    cfg: Config
-    env: Environment
-    device: torch.device
-    tracker: Tracker
-    last: Path
-    resume: bool
-    init_from: Path | None
-    stop_requested: bool = False
-
-    def should_stop(self) -> bool:
-        """Whether any process was interrupted; all of them agree on it."""
-        flag = torch.tensor([float(self.stop_requested)], device=distributed.collective_device())
-        return bool(distributed.all_sum(flag).item())
-
-
 @contextmanager
 def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage: str) -> Iterator[Run]:
-    """Check what can be checked early, join the other processes, open the event file.
+    """Check what can be checked early, join the other processes, lock `model_dir`, open the event file.
 
     Raises:
         ConfigError: arguments contradict each other or the machine.
-        CheckpointError: there is nothing to resume from.
-        OutputError: a folder cannot be written to.
+        CheckpointError: there is nothing to resume from, or something that a fresh start would overwrite.
+        OutputError: a folder cannot be written to, or another training is writing there.
     """
-    resume, last = args.resume or env.resume_ckpt, env.model_dir / LAST[stage]
-    if resume and args.init_from:
-        raise ConfigError("--resume and --init-from exclude each other: a resumed run already has its weights")
-    if resume:
-        require_state(last)
+    checkpoints = Checkpoints(env.model_dir / LAST[stage], cfg.keep_last, cfg.checkpoint_every_minutes)
+    writes = not (args.dry_run or args.replay)
+    asked = args.resume or {True: "always", False: None, "auto": "auto"}[env.resume_ckpt]
+    resume = writes and how_to_start(checkpoints, asked, args.init_from, args.overwrite)
     distributed.check_gpus(args.gpus)
     require_writable(env.model_dir)
     require_writable(env.tfevent_path)
     with (
         distributed.process_group(cfg.ddp_backend, cfg.ddp_timeout_seconds) as device,
+        only_writer(env.model_dir) if writes else nullcontext(),
         Tracker(env.tfevent_path / stage) as tracker,
     ):
-        yield Run(cfg, env, device, tracker, last, resume, args.init_from)
-
-
-@contextmanager
-def interrupts_noted(run: Run) -> Iterator[None]:
-    """Within, the first Ctrl-C asks the run to stop after its step; the second one stops it at once."""
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        if run.stop_requested:
-            raise KeyboardInterrupt
-        run.stop_requested = True
-
-    previous: Any = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+        if args.overwrite and not resume:
+            checkpoints.clear()
+        yield Run(cfg, env, device, tracker, checkpoints, resume, None if resume else args.init_from)
 
 
 def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -> None:
-    """Run `main`; turn a `UserError` into one line and exit status 2, Ctrl-C into `after_interrupt` and 130."""
+    """Run `main`; a `UserError` becomes one line and exit status 2, an interrupt `after_interrupt` and 128 + signal."""
     keep_freed_memory()
     try:
         main()
@@ -138,7 +111,7 @@ def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -
         if distributed.is_main() or error.met_by_one:
             print(f"error: {error.one_line()}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if distributed.is_main():
             print(after_interrupt, file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None

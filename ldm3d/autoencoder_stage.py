@@ -9,11 +9,21 @@ from monai.networks.nets import AutoencoderKL
 from torch import Tensor
 
 from ldm3d import distributed
+from ldm3d.errors import NonFiniteLoss
 from ldm3d.losses import AutoencoderLoss
 from ldm3d.metrics import reconstruction
 from ldm3d.networks import PatchAutoencoderKL, build_autoencoder, build_discriminator
+from ldm3d.randomness import StepRandom
 from ldm3d.schema import Config
-from ldm3d.training import Optimizer, Precision, checked_step, parallel, prepare_network
+from ldm3d.training import (
+    Optimizer,
+    Precision,
+    accumulating,
+    guarded_step,
+    parallel,
+    prepare_network,
+    value_range,
+)
 from ldm3d.weights import (
     AUTOENCODER,
     DISCRIMINATOR,
@@ -37,6 +47,8 @@ class AutoencoderStage:
         total_steps: length of the whole training.
     """
 
+    name = "autoencoder"
+
     def __init__(self, cfg: Config, device: torch.device, total_steps: int):
         self.cfg, self.device = cfg, device
         self.has_discriminator = cfg.autoencoder_train.adv_weight > 0
@@ -49,19 +61,21 @@ class AutoencoderStage:
         self.loss = AutoencoderLoss(cfg.autoencoder_train).to(device)
         train = cfg.autoencoder_train
         self.precision = Precision(cfg.amp, device)
-        self.optimizer = Optimizer(self.autoencoder.parameters(), train, total_steps, self.precision)
+        self.optimizer = Optimizer(
+            self.autoencoder.parameters(), train, total_steps, self.precision, cfg.max_skipped_steps
+        )
         self.discriminator_optimizer = Optimizer(
-            self.discriminator.parameters(), train, total_steps, Precision(cfg.amp, device)
+            self.discriminator.parameters(), train, total_steps, Precision(cfg.amp, device), cfg.max_skipped_steps
         )
         self.parallel_autoencoder = parallel(self.autoencoder, device)
         self.parallel_discriminator = parallel(self.discriminator, device)
 
-    def train_step(self, batch: Batch, step: int, adversarial: bool) -> dict[str, Tensor]:
+    def train_step(self, batch: Batch, random: StepRandom, adversarial: bool) -> dict[str, Tensor]:
         """One step of the autoencoder and, after the warm-up, of the discriminator.
 
         Args:
-            batch: `image` (B, 1, X, Y, Z) in [0, 1] and `case` names.
-            step: number of the step, for error messages.
+            batch: `image` (B, 1, X, Y, Z) in [0, 1] and `case` names; B is `batch_size` times `accumulate_steps`.
+            random: what the step draws, and its number.
             adversarial: the warm-up is over.
 
         Returns:
@@ -71,16 +85,43 @@ class AutoencoderStage:
             NonFiniteLoss: before a bad number reaches a weight.
         """
         image = batch["image"].to(self.device, non_blocking=True)
+        noise = random.normal(self.latent_shape(image))
+        parts = self.cfg.autoencoder_train.accumulate_steps
+        terms: dict[str, Tensor] = {}
+        latents = []
+        for number, part in enumerate(zip(image.chunk(parts), noise.chunk(parts), strict=True), 1):
+            with accumulating(number < parts, self.parallel_autoencoder, self.parallel_discriminator):
+                new, mean = self._backward(*part, adversarial, 1 / parts)
+            terms = {name: terms.get(name, 0) + term.detach() / parts for name, term in new.items()}
+            latents.append(mean)
+
+        def error(norms: list[float]) -> NonFiniteLoss:
+            values = {name: float(term) for name, term in terms.items()} | {"gradient_norm": norms[0]}
+            ranges = {"image": value_range(image), "latent": value_range(torch.cat(latents))}
+            return NonFiniteLoss(random.step, values, batch["case"], ranges)
+
+        # Summed as they were for the gradient: what is logged beside the loss is no part of it.
+        losses = [torch.stack([term for name, term in terms.items() if name != "discriminator"]).sum()]
+        optimizers = [self.optimizer]
+        if adversarial:
+            losses.append(terms["discriminator"])
+            optimizers.append(self.discriminator_optimizer)
+        norms = guarded_step(optimizers, losses, error)
+        return terms | {"gradient_norm": norms[0]}
+
+    def _backward(
+        self, image: Tensor, noise: Tensor, adversarial: bool, share: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of one batch, as a share of the step; its terms and its latents' means."""
         with self.precision.autocast():
-            reconstructed, mean, sigma = self.parallel_autoencoder(image)
+            reconstructed, mean, sigma = self.parallel_autoencoder(image, noise)
             verdict = self._verdict(reconstructed) if adversarial else None
             terms = self.loss.generator(image, reconstructed, mean, sigma, verdict)
-        total = torch.stack(list(terms.values())).sum()
-        norm = checked_step(self.optimizer, total, terms, step, batch["case"])
-        logged = {name: term.detach() for name, term in terms.items()}
+        self.optimizer.backward(torch.stack(list(terms.values())).sum() * share)
         if adversarial:
-            logged["discriminator"] = self._discriminator_step(image, reconstructed.detach(), step, batch["case"])
-        return logged | {"gradient_norm": norm}
+            terms["discriminator"] = self._discriminator_loss(image, reconstructed.detach())
+            self.discriminator_optimizer.backward(terms["discriminator"] * share)
+        return terms, mean.detach()
 
     def _verdict(self, reconstructed: Tensor) -> Tensor:
         """The discriminator's opinion, with gradients for the autoencoder only."""
@@ -89,13 +130,16 @@ class AutoencoderStage:
         self.discriminator.requires_grad_(True)
         return verdict
 
-    def _discriminator_step(self, real: Tensor, fake: Tensor, step: int, cases: list[str]) -> Tensor:
+    def _discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
         with self.precision.autocast():
             # One forward pass for both halves: DistributedDataParallel takes one per backward pass.
             verdicts = self.parallel_discriminator(torch.cat([fake, real]))[-1]
-            loss = self.loss.discriminator(*verdicts.chunk(2))
-        checked_step(self.discriminator_optimizer, loss, {"discriminator": loss}, step, cases)
-        return loss.detach()
+            return self.loss.discriminator(*verdicts.chunk(2))
+
+    def latent_shape(self, image: Tensor) -> tuple[int, ...]:
+        """(C, X, Y, Z) of the latent of images (B, 1, X', Y', Z')."""
+        factor = self.cfg.autoencoder_def.downsampling
+        return self.cfg.latent_channels, *(n // factor for n in image.shape[2:])
 
     def start_fresh(self, first_look: Callable[[], Tensor]) -> None:
         """Let a network that knows how use some training volumes (N, 1, X, Y, Z) for a good start."""
@@ -110,7 +154,10 @@ class AutoencoderStage:
         return reconstructed.float().clamp(0, 1)
 
     def validate(self, loader: Iterable[Batch]) -> tuple[dict[str, float], tuple[Tensor, Tensor] | None]:
-        """PSNR (dB), SSIM and L1 over the whole validation set, and the first volume with its reconstruction."""
+        """PSNR (dB), SSIM and L1 over the whole validation set, and the first volume with its reconstruction.
+
+        Nothing where no process was given a volume.
+        """
         self.autoencoder.eval()
         rows, shown = [], None
         for batch in loader:
@@ -120,7 +167,8 @@ class AutoencoderStage:
             shown = shown or (image[0, 0], reconstructed[0, 0])
         self.autoencoder.train()
         gathered = [row for part in distributed.gather_objects(rows) for row in part]
-        return {name: sum(row[name] for row in gathered) / len(gathered) for name in gathered[0]}, shown
+        names = gathered[0] if gathered else {}
+        return {name: sum(row[name] for row in gathered) / len(gathered) for name in names}, shown
 
     def publish(self, model_dir: Path, facts: dict[str, Any], validation: dict[str, float]) -> None:
         """Write the current weights with their description, from rank 0."""

@@ -184,7 +184,7 @@ def train_loader(prepared: Prepared, cfg: Config, stage: Stage) -> "DataLoader[d
     workers = cfg.data.num_workers
     return DataLoader(
         dataset,
-        batch_sampler=EpochSampler(len(cases), train.batch_size, cfg.seed),
+        batch_sampler=EpochSampler(len(cases), train.batch_size * train.accumulate_steps, cfg.seed),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

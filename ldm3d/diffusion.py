@@ -9,6 +9,7 @@ from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, PNDMSchedule
 from torch import Tensor
 
 from ldm3d.errors import ConfigError
+from ldm3d.randomness import StepRandom
 from ldm3d.schema import SAMPLERS, DdpmSchedule, RFlowSchedule, SamplerName, Schedule
 
 DEFAULT_STEPS: dict[str, int] = {"rflow": 30, "ddim": 50, "pndm": 50}
@@ -26,11 +27,9 @@ class RectifiedFlow:
         self.scale = schedule.num_train_timesteps
         self.logit_normal = schedule.timesteps == "logit-normal"
 
-    def draw_timesteps(self, count: int, device: torch.device) -> Tensor:
-        """Random training timesteps (count,) in (0, num_train_timesteps), from the global random state."""
-        if self.logit_normal:
-            return torch.randn(count, device=device).sigmoid() * self.scale
-        return torch.rand(count, device=device) * self.scale
+    def draw_timesteps(self, random: StepRandom) -> Tensor:
+        """Random training timesteps (B,) in (0, num_train_timesteps)."""
+        return (random.normal().sigmoid() if self.logit_normal else random.uniform()) * self.scale
 
     def grid(self, count: int) -> Tensor:
         """`count` evenly spaced timesteps for validation, float (count,)."""
@@ -53,9 +52,9 @@ class GaussianDiffusion:
         self.schedule = schedule
         self.scheduler = DDPMScheduler(**_arguments(schedule), clip_sample=False)
 
-    def draw_timesteps(self, count: int, device: torch.device) -> Tensor:
-        """Random training timesteps (count,) in 0 .. num_train_timesteps - 1, from the global random state."""
-        return torch.randint(0, self.schedule.num_train_timesteps, (count,), device=device)
+    def draw_timesteps(self, random: StepRandom) -> Tensor:
+        """Random training timesteps (B,) in 0 .. num_train_timesteps - 1."""
+        return random.integers(self.schedule.num_train_timesteps)
 
     def grid(self, count: int) -> Tensor:
         """`count` evenly spaced timesteps for validation, integers (count,)."""

@@ -1,5 +1,7 @@
 """Stage 2: one training step of the diffusion network, validation, publication."""
 
+from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,24 @@ from torch import Tensor
 
 from ldm3d import distributed
 from ldm3d.diffusion import build_diffusion
-from ldm3d.errors import WeightsError
+from ldm3d.errors import NonFiniteLoss, WeightsError
 from ldm3d.latents import LatentCache, LatentStatistics
 from ldm3d.networks import build_unet
+from ldm3d.randomness import StepRandom
 from ldm3d.schema import Config
-from ldm3d.training import EMA, Optimizer, Precision, checked_step, parallel, prepare_network
+from ldm3d.training import (
+    EMA,
+    Optimizer,
+    Precision,
+    accumulating,
+    guarded_step,
+    parallel,
+    prepare_network,
+    value_range,
+)
 from ldm3d.weights import LATENT_MEAN, UNET, DiffusionCard, check_definition, load_into, read_weights, save_weights
+
+Batch = dict[str, Any]
 
 VALIDATION_LEVELS = 8
 VALIDATION_SEED = 1234
@@ -30,6 +44,8 @@ class DiffusionStage:
         statistics: how latents are normalised.
     """
 
+    name = "diffusion"
+
     def __init__(self, cfg: Config, device: torch.device, total_steps: int, statistics: LatentStatistics):
         self.cfg, self.device, self.statistics = cfg, device, statistics
         train = cfg.diffusion_train
@@ -39,11 +55,15 @@ class DiffusionStage:
         self.unet = prepare_network(network, cfg, device)
         self.diffusion = build_diffusion(cfg.noise_schedule)
         self.precision = Precision(cfg.amp, device)
-        self.optimizer = Optimizer(self.unet.parameters(), train, total_steps, self.precision)
+        self.optimizer = Optimizer(self.unet.parameters(), train, total_steps, self.precision, cfg.max_skipped_steps)
         self.parallel_unet = parallel(self.unet, device)
 
-    def train_step(self, latents: Tensor, step: int, cases: list[str]) -> dict[str, Tensor]:
-        """One step on latents (B, C, X, Y, Z) as the autoencoder gave them.
+    def train_step(self, batch: Batch, random: StepRandom) -> dict[str, Tensor]:
+        """One step on latents as the autoencoder gave them.
+
+        Args:
+            batch: `latent` (B, C, X, Y, Z) and `case` names; B is `batch_size` times `accumulate_steps`.
+            random: what the step draws, and its number.
 
         Returns:
             `loss` and `gradient_norm`, detached.
@@ -51,13 +71,24 @@ class DiffusionStage:
         Raises:
             NonFiniteLoss: before any weight is touched.
         """
-        clean = self.statistics.normalise(latents)
-        noise = torch.randn(clean.shape).to(self.device)
-        timesteps = self.diffusion.draw_timesteps(len(clean), torch.device("cpu")).to(self.device)
-        loss = self._losses(self.parallel_unet, clean, noise, timesteps).mean()
-        norm = checked_step(self.optimizer, loss, {"loss": loss, "largest_latent": clean.abs().max()}, step, cases)
-        self.ema.update(self.unet, step)
-        return {"loss": loss.detach(), "gradient_norm": norm}
+        clean = self.statistics.normalise(batch["latent"].to(self.device))
+        noise, timesteps = random.normal(clean.shape[1:]), self.diffusion.draw_timesteps(random)
+        parts = self.cfg.diffusion_train.accumulate_steps
+        loss = torch.zeros((), device=self.device)
+        for number, part in enumerate(zip(*(x.chunk(parts) for x in (clean, noise, timesteps)), strict=True), 1):
+            with accumulating(number < parts, self.parallel_unet):
+                share = self._losses(self.parallel_unet, *part).mean() / parts
+                self.optimizer.backward(share)
+            loss += share.detach()
+
+        def error(norms: list[float]) -> NonFiniteLoss:
+            values = {"loss": float(loss), "gradient_norm": norms[0]}
+            ranges = {"latent": value_range(batch["latent"]), "normalised latent": value_range(clean)}
+            return NonFiniteLoss(random.step, values, batch["case"], ranges)
+
+        (norm,) = guarded_step([self.optimizer], [loss], error)
+        self.ema.update(self.unet, random.step)
+        return {"loss": loss, "gradient_norm": norm}
 
     def _losses(self, unet: torch.nn.Module, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Mean squared error of each sample, (B,)."""
@@ -68,8 +99,12 @@ class DiffusionStage:
         return F.mse_loss(prediction.float(), target, reduction="none").flatten(1).mean(1)
 
     @torch.inference_mode()
-    def validate(self, cache: LatentCache) -> dict[str, float]:
+    def validate(self, cache: LatentCache, going_on: Callable[[], bool] = lambda: True) -> dict[str, float]:
         """Loss of the running average on fixed latents, fixed noise and a fixed grid of timesteps.
+
+        Args:
+            cache: latents of the validation volumes, of which each process takes its share.
+            going_on: asked before each volume; where it says no, the rest is left out.
 
         Returns:
             `loss` over all, and `level_1` (least noise) to `level_8` (most).
@@ -77,13 +112,13 @@ class DiffusionStage:
         share = range(distributed.rank(), len(cache), distributed.world_size())
         sums = torch.zeros(VALIDATION_LEVELS + 1, dtype=torch.float64)
         timesteps = self.diffusion.grid(VALIDATION_LEVELS).to(self.device)
-        for index in share:
+        for index in takewhile(lambda _: going_on(), share):
             clean = self.statistics.normalise(cache.mean(index, self.device))
             generator = torch.Generator().manual_seed(VALIDATION_SEED + index)
             noise = torch.randn((VALIDATION_LEVELS, *clean.shape[1:]), generator=generator).to(self.device)
             losses = self._losses(self.ema.network, clean.expand(len(noise), -1, -1, -1, -1), noise, timesteps)
             sums += torch.cat([losses, torch.ones(1, device=self.device)]).double().cpu()
-        sums = distributed.all_sum(sums.to(distributed.collective_device())).cpu()
+        sums = distributed.all_sum(sums)
         by_level = (sums[:-1] / sums[-1]).tolist()
         return {"loss": sum(by_level) / len(by_level)} | {f"level_{i + 1}": v for i, v in enumerate(by_level)}
 

@@ -1,7 +1,7 @@
 """One process or many: rank, world size, device, reductions. Everything works the same with one process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -10,6 +10,11 @@ import torch
 import torch.distributed as dist
 
 from ldm3d.errors import ConfigError
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again, after one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def launched_by_torchrun() -> bool:
@@ -72,20 +77,25 @@ def process_group(backend: str | None, timeout_seconds: float) -> Iterator[torch
 
     Yields:
         The device of this process.
+
+    Raises:
+        ConfigError: nccl was asked for where there is no GPU.
     """
     device = choose_device()
+    if backend == "nccl" and device.type != "cuda":
+        raise ConfigError("ddp_backend nccl: there is no GPU here; use gloo, or null to choose by hardware")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not launched_by_torchrun():
         yield device
         return
-    dist.init_process_group(
-        backend or ("nccl" if device.type == "cuda" else "gloo"), timeout=timedelta(seconds=timeout_seconds)
-    )
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    if device.type == "cuda" and backend != "gloo":
+        # Tensors on the CPU go by gloo: to agree on when to stop, the processes need not wait for their devices.
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend or "gloo", timeout=timedelta(seconds=timeout_seconds))
+    yield device
+    # Only at a good end: after an error the others may be waiting for this process, and leaving would wait for them.
+    dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -94,10 +104,18 @@ def barrier() -> None:
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum of `values` over all processes, in place; the tensor itself with one process."""
+    """Sum of `values`, on the CPU, over all processes, in place; the tensor itself with one process."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def all_max(values: Sequence[float]) -> list[float]:
+    """Largest of each value over all processes."""
+    largest = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -116,9 +134,3 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def collective_device() -> torch.device:
-    """Where tensors must lie to be reduced: the GPU under nccl, else the CPU."""
-    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-    return choose_device() if nccl else torch.device("cpu")

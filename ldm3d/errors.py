@@ -42,16 +42,31 @@ class NonFiniteLoss(UserError):
 
     Args:
         step: number of the optimizer step, counted from 0.
-        terms: the loss terms of this step by name.
+        terms: the loss terms of this step by name, and the norm of the gradients.
         cases: names of the volumes in the batch.
+        ranges: of what went in and of the latents: name and what is known of it, `0 to 1`.
+
+    Attributes:
+        replay: where what is needed to make this step again was saved, if it was.
     """
 
     met_by_one = True
 
-    def __init__(self, step: int, terms: dict[str, float], cases: list[str]):
-        self.step, self.terms, self.cases = step, terms, cases
-        shown = ", ".join(f"{name} = {value:g}" for name, value in terms.items())
-        super().__init__(
-            f"training stopped at step {step}: the loss is not finite ({shown}) on cases {', '.join(cases)}; "
-            "the last checkpoint is intact"
+    def __init__(self, step: int, terms: dict[str, float], cases: list[str], ranges: dict[str, str] | None = None):
+        self.step, self.terms, self.cases, self.ranges = step, terms, cases, ranges or {}
+        self.replay: str | None = None
+        super().__init__(step, terms, cases)
+
+    @property
+    def loss(self) -> float:
+        """Sum of the terms: not finite where one of them is not."""
+        return sum(value for name, value in self.terms.items() if name != "gradient_norm")
+
+    def __str__(self) -> str:
+        terms = ", ".join(f"{name} = {value:g}" for name, value in self.terms.items())
+        ranges = "".join(f"; {name} {value}" for name, value in self.ranges.items())
+        replay = f"; make this step again, and see where, with --replay {self.replay}" if self.replay else ""
+        return (
+            f"training stopped at step {self.step}: not finite ({terms}) on cases {', '.join(self.cases)}{ranges}; "
+            f"no weight was touched, the last checkpoint is intact{replay}; see docs/NaN_FIX_GUIDE.md"
         )

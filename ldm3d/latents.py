@@ -21,6 +21,7 @@ from ldm3d import distributed
 from ldm3d.console import log, progress
 from ldm3d.errors import OutputError
 from ldm3d.files import write_text
+from ldm3d.randomness import StepRandom
 
 CACHE_VERSION = 1
 Volumes = Dataset[dict[str, object]]
@@ -66,19 +67,18 @@ class LatentCache:
         """(C, X, Y, Z)."""
         return self.posteriors.shape[-4:]
 
-    def sample(self, indices: Sequence[int], device: torch.device, flip: bool = False) -> Tensor:
-        """Draw fresh latents (B, C, X, Y, Z), float32, from the global random state.
+    def sample(self, indices: Sequence[int], random: StepRandom, flip: bool = False) -> Tensor:
+        """Draw fresh latents (B, C, X, Y, Z), float32, where `random` draws.
 
         Args:
             indices: volumes, by position in the cache.
-            device: where the latents go.
+            random: of the training step.
             flip: mirror left and right at random, if the mirrored volumes were encoded too.
         """
-        variants = self.posteriors.shape[1]
-        sides = torch.randint(0, variants if flip else 1, (len(indices),)).tolist()
-        picked = np.stack([self.posteriors[i, side] for i, side in zip(indices, sides, strict=True)])
-        mean, sigma = torch.from_numpy(picked).to(device).float().unbind(1)
-        return mean + sigma * torch.randn(mean.shape).to(device)
+        sides = random.coins if flip and self.posteriors.shape[1] > 1 else [0] * len(indices)
+        picked = np.stack([self.posteriors[i, int(side)] for i, side in zip(indices, sides, strict=True)])
+        mean, sigma = torch.from_numpy(picked).to(random.device).float().unbind(1)
+        return mean + sigma * random.normal(self.latent_shape)
 
     def mean(self, index: int, device: torch.device) -> Tensor:
         """Posterior mean of one volume, (1, C, X, Y, Z), float32."""
@@ -98,9 +98,7 @@ class LatentCache:
             total[0] += mean.sum(0)
             total[1] += (mean.square() + sigma.square()).sum(0)
             count += len(mean)
-        device = distributed.collective_device()
-        total = distributed.all_sum(total.to(device)).cpu()
-        count = distributed.all_sum(count.to(device)).cpu()
+        total, count = distributed.all_sum(total), distributed.all_sum(count)
         voxel_mean, voxel_square = total / count
         if centre:
             variance = (voxel_square - voxel_mean.square()).mean()

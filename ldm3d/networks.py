@@ -17,7 +17,24 @@ from ldm3d.definitions import AutoencoderDef, DiffusionDef, DiscriminatorDef
 INITIAL_LOG_VARIANCE = -6.0
 
 
-class PatchAutoencoderKL(AutoencoderKL):
+class GivenNoiseAutoencoderKL(AutoencoderKL):
+    """MONAI's `AutoencoderKL`, to which the noise of the posterior can be given.
+
+    So the noise can be a function of the volume, not of the process that happens to compute it.
+    """
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (B, C, X, Y, Z), posterior mean and standard deviation.
+
+        Args:
+            x: image (B, C, X, Y, Z).
+            noise: standard normal, of the latent's shape; from the global random state by default.
+        """
+        mean, sigma = self.encode(x)
+        return self.decode(with_noise(mean, sigma, noise)), mean, sigma
+
+
+class PatchAutoencoderKL(GivenNoiseAutoencoderKL):
     """`AutoencoderKL` for small machines: it works on blocks of voxels, beside a linear path from image to latent.
 
     Space to depth before the network and depth to space behind it make the first level `patchify`^3 times cheaper
@@ -63,10 +80,10 @@ class PatchAutoencoderKL(AutoencoderKL):
     def decode(self, z: Tensor) -> Tensor:
         return self._image(z / self.latent_scale)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction, and the posterior before it is scaled: the KL term wants all channels near N(0, 1)."""
         mean, sigma = self._posterior(x)
-        return self._image(self.sampling(mean, sigma)), mean, sigma
+        return self._image(with_noise(mean, sigma, noise)), mean, sigma
 
     def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, sigma = super().encode(space_to_depth(x, self.patchify))
@@ -108,6 +125,11 @@ class PatchAutoencoderKL(AutoencoderKL):
         self.latent_scale.copy_((spread / spread.mean()).sqrt().view_as(self.latent_scale))
 
 
+def with_noise(mean: Tensor, sigma: Tensor, noise: Tensor | None) -> Tensor:
+    """A draw from the posterior (Kingma and Welling 2014, section 2.4)."""
+    return mean + sigma * (torch.randn_like(sigma) if noise is None else noise)
+
+
 def space_to_depth(x: Tensor, block: int) -> Tensor:
     """(B, C, X, Y, Z) -> (B, C * block^3, X / block, Y / block, Z / block)."""
     batch, channels, *size = x.shape
@@ -127,7 +149,7 @@ def build_autoencoder(definition: AutoencoderDef) -> AutoencoderKL:
     """A fresh autoencoder: `encode` gives mean and standard deviation (B, C, X/f, Y/f, Z/f), f = `downsampling`."""
     arguments = definition.model_dump(exclude={"patchify"})
     if definition.patchify == 1:
-        network = AutoencoderKL(**arguments)
+        network = GivenNoiseAutoencoderKL(**arguments)
     else:
         network = PatchAutoencoderKL(patchify=definition.patchify, **arguments)
     nn.init.constant_(network.quant_conv_log_sigma.conv.bias, INITIAL_LOG_VARIANCE)

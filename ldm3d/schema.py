@@ -46,6 +46,12 @@ class Optimization(Strict):
     """Gradients are scaled down to this norm where they exceed it."""
     flip: bool = False
     """Mirror left and right at random: doubles the data where the side does not matter."""
+    accumulate_steps: Positive = 1
+    """Batches on each process whose gradients make one step together: as if `batch_size` were so many times larger, for
+    the memory of one batch."""
+    scale_lr: Literal["none", "sqrt", "linear"] = "none"
+    """How `lr` follows the number of batches in a step (`accumulate_steps` times the number of processes): not at all,
+    with its square root, or in proportion."""
 
 
 class AutoencoderTrain(Optimization):
@@ -191,6 +197,14 @@ class Config(Strict):
     """Communication between processes; by default nccl on GPUs, gloo on CPUs."""
     ddp_timeout_seconds: PositiveFloat = 600.0
     """How long a process waits for the others before the run fails."""
+    checkpoint_every_minutes: Annotated[float, Field(ge=0)] = 10.0
+    """Minutes between two saved training states; 0 saves after every step. A killed run loses no more than this; one
+    that is stopped by Ctrl-C or SIGTERM saves first and loses nothing."""
+    keep_last: Positive = 2
+    """How many training states are kept: if the newest is damaged, the one before it is used."""
+    max_skipped_steps: NotNegative = 10
+    """Steps in a row that may be lost to float16's overflows, as loss scaling expects some; one more stops the
+    training. Under float32 and bfloat16 nothing is skipped: the first bad step stops it."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
@@ -299,5 +313,5 @@ class Environment(Strict):
     """Generated volumes."""
     data_base_dir: Path
     """The data set."""
-    resume_ckpt: bool = False
-    """The same as `--resume`."""
+    resume_ckpt: bool | Literal["auto"] = False
+    """`true` does the same as `--resume`, `"auto"` the same as `--resume auto`."""

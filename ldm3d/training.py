@@ -1,9 +1,9 @@
-"""What both training loops need: precision, random numbers by step, gradient step, learning rate, EMA."""
+"""What both training loops need: precision, gradient steps that stop before a bad number, learning rate, EMA."""
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,14 +14,6 @@ from ldm3d import distributed
 from ldm3d.errors import NonFiniteLoss
 from ldm3d.networks import checkpoint_blocks, compile_blocks
 from ldm3d.schema import Config, Optimization
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Make this step's random numbers a function of (seed, step, rank) alone.
-
-    So a resumed run draws what the undisturbed one would have drawn, without any random state being stored.
-    """
-    torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + distributed.rank()) % 2**63)
 
 
 def prepare_network(network: Any, cfg: Config, device: torch.device) -> Any:
@@ -37,11 +29,25 @@ def prepare_network(network: Any, cfg: Config, device: torch.device) -> Any:
 
 
 def parallel(network: nn.Module, device: torch.device) -> nn.Module:
-    """Average gradients over processes where there are several."""
+    """Average gradients over processes where there are several.
+
+    Static graph: every step uses every parameter in the same way, so nothing is searched for unused ones, and
+    recomputed activations are allowed.
+    """
     if distributed.world_size() == 1:
         return network
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, static_graph=True)
+
+
+@contextmanager
+def accumulating(more_to_come: bool, *networks: nn.Module) -> Iterator[None]:
+    """Within, gradients stay on their process where more of the same step is to come: they are averaged once a step."""
+    with ExitStack() as stack:
+        for network in networks:
+            if more_to_come and isinstance(network, DistributedDataParallel):
+                stack.enter_context(network.no_sync())
+        yield
 
 
 class Precision:
@@ -61,43 +67,60 @@ class Precision:
 
 
 class Optimizer:
-    """AdamW with gradient clipping, warm-up and schedule: one call makes one step.
+    """AdamW with gradient clipping, warm-up and schedule. A step is `backward`, once or more, then `guarded_step`.
 
     Args:
         parameters: what is trained.
         train: learning rate and its schedule.
         total_steps: length of the whole training, for the cosine.
         precision: its loss scaler is used.
+        max_skipped: so many steps in a row may be lost to float16's overflows.
+
+    Attributes:
+        skipped: steps lost in a row until now.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], train: Optimization, total_steps: int, precision: Precision):
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        train: Optimization,
+        total_steps: int,
+        precision: Precision,
+        max_skipped: int = 0,
+    ):
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.precision = precision
+        self.scaler = precision.scaler
         self.max_grad_norm = train.max_grad_norm
-        self.adamw = torch.optim.AdamW(self.parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+        self.max_skipped, self.skipped = max_skipped, 0
+        self.adamw = torch.optim.AdamW(
+            self.parameters, lr=scaled_learning_rate(train), weight_decay=train.weight_decay, fused=True
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adamw, lambda step: learning_rate_factor(step, train, total_steps)
         )
 
-    def step(self, loss: Tensor, check_norm: Callable[[Tensor], None] = lambda norm: None) -> Tensor:
-        """Backward, clip, update; returns the gradient norm before clipping.
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to what is there."""
+        self.scaler.scale(loss).backward()
 
-        Args:
-            loss: finite.
-            check_norm: called with the norm before any weight is touched; not where float16's loss scaling is on, which
-                by itself skips steps whose gradients have overflowed.
-        """
-        scaler = self.precision.scaler
+    def clip(self) -> Tensor:
+        """Scale gradients down to `max_grad_norm`; their norm before."""
+        self.scaler.unscale_(self.adamw)
+        return nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+
+    def may_skip(self, norm_is_finite: bool) -> bool:
+        """Whether a bad step is one that float16's loss scaling expects: it is left out, and the scale lowered."""
+        self.skipped += 1
+        return self.scaler.is_enabled() and not norm_is_finite and self.skipped <= self.max_skipped
+
+    def update(self, finite: bool) -> None:
+        """Change the weights; where the gradients are not finite, which only a loss scaler may meet, nothing."""
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        if finite:
+            self.schedule.step()
+            self.skipped = 0
         self.adamw.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(self.adamw)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if not scaler.is_enabled():
-            check_norm(norm)
-        scaler.step(self.adamw)
-        scaler.update()
-        self.schedule.step()
-        return norm
 
     @property
     def learning_rate(self) -> float:
@@ -107,13 +130,57 @@ class Optimizer:
         return {
             "adamw": self.adamw.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state["adamw"])
         self.schedule.load_state_dict(state["schedule"])
-        self.precision.scaler.load_state_dict(state["scaler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
+
+
+def guarded_step(
+    optimizers: Sequence[Optimizer], losses: Sequence[Tensor], error: Callable[[list[float]], NonFiniteLoss]
+) -> list[Tensor]:
+    """Clip and update with all optimizers of a step, or with none.
+
+    The device is waited for once: every loss and every norm must be seen to be finite before a weight is touched.
+
+    Args:
+        optimizers: their gradients are there.
+        losses: what the gradients are of, one for each optimizer.
+        error: makes the exception, from the gradients' norms.
+
+    Returns:
+        Norms of the gradients before clipping.
+
+    Raises:
+        NonFiniteLoss: and no weight was changed. Under float16's loss scaling, after more than `max_skipped` in a row.
+    """
+    norms = [optimizer.clip() for optimizer in optimizers]
+    values = torch.stack([*(loss.detach().float() for loss in losses), *norms])
+    finite = torch.isfinite(values).tolist()
+    good = []
+    for optimizer, loss_is_finite, norm_is_finite in zip(
+        optimizers, finite[: len(losses)], finite[len(losses) :], strict=True
+    ):
+        good.append(loss_is_finite and norm_is_finite)
+        if not good[-1] and not optimizer.may_skip(norm_is_finite):
+            raise error([float(norm) for norm in norms])
+    for optimizer, is_good in zip(optimizers, good, strict=True):
+        optimizer.update(is_good)
+    return norms
+
+
+def scaled_learning_rate(train: Optimization) -> float:
+    """`lr`, times the factor that `scale_lr` makes of the volumes of a step beyond `batch_size`.
+
+    Linear: Goyal et al. 2017, Accurate, Large Minibatch SGD, section 2.1. Square root: Krizhevsky 2014, section 5.
+    """
+    factor = train.accumulate_steps * distributed.world_size()
+    return train.lr * {"none": 1.0, "sqrt": math.sqrt(factor), "linear": factor}[train.scale_lr]
 
 
 def learning_rate_factor(step: int, train: Optimization, total_steps: int) -> float:
@@ -147,15 +214,9 @@ class EMA:
         torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)
 
 
-def checked_step(
-    optimizer: Optimizer, loss: Tensor, terms: dict[str, Tensor], step: int, cases: Sequence[str]
-) -> Tensor:
-    """`Optimizer.step` of a finite loss with finite gradients. Raises `NonFiniteLoss`, and leaves the weights alone."""
-    require_finite(loss, terms, step, cases)
-    return optimizer.step(loss, lambda norm: require_finite(norm, terms | {"gradient_norm": norm}, step, cases))
-
-
-def require_finite(value: Tensor, terms: dict[str, Tensor], step: int, cases: Sequence[str]) -> None:
-    """Stop before a bad number, a loss or the norm of its gradients, reaches the weights. Raises `NonFiniteLoss`."""
-    if not torch.isfinite(value):
-        raise NonFiniteLoss(step, {name: float(term.detach()) for name, term in terms.items()}, list(cases))
+def value_range(values: Tensor) -> str:
+    """Smallest and largest finite value, and how many are not finite, for people: `0 to 1.5, 3 of 4096 not finite`."""
+    finite = torch.isfinite(values)
+    bad = int((~finite).sum())
+    shown = f"{values[finite].min():.4g} to {values[finite].max():.4g}" if finite.any() else "nowhere finite"
+    return shown + (f", {bad} of {values.numel()} not finite" if bad and finite.any() else "")

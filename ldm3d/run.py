@@ -1,0 +1,87 @@
+"""A training run: how it starts, and what happens between two of its steps."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm3d import distributed
+from ldm3d.checkpoint import Checkpoints
+from ldm3d.errors import CheckpointError, ConfigError
+from ldm3d.progress import Position
+from ldm3d.schema import Config, Environment
+from ldm3d.signals import Stopped, StopRequest
+from ldm3d.tracking import Tracker
+
+
+@dataclass
+class Run:
+    """What a training run stands on: its settings, its device, its tracker, its checkpoints.
+
+    `fingerprint` says what must not differ when the run is resumed; the script sets it when it knows its data.
+    """
+
+    cfg: Config
+    env: Environment
+    device: torch.device
+    tracker: Tracker
+    checkpoints: Checkpoints
+    resume: bool
+    init_from: Path | None
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def save(self, stage: Any, position: Position) -> None:
+        self.checkpoints.save(position.state(stage.state_dict(), self.fingerprint))
+
+    def load(self, stage: Any) -> Position:
+        """Bring `stage` to where the newest checkpoint stands. Raises `CheckpointError`."""
+        state = self.checkpoints.load(self.fingerprint)
+        stage.load_state_dict(state["stage"])
+        self.tracker.first_step = state["step"] + 1
+        return Position(state["epoch"], state["step"], state["best"])
+
+    def pause(self, stage: Any, position: Position) -> None:
+        """Between two steps: save where it is due; where any process was asked to stop, save and stop.
+
+        Raises:
+            Stopped: on all processes, when the state is on the disk.
+        """
+        asked, due = distributed.all_max([self.stop.signum, self.checkpoints.due()])
+        if asked or due:
+            self.save(stage, position)
+        if asked:
+            raise Stopped(int(asked))
+
+    def going_on(self) -> bool:
+        """Whether this process was not asked to stop; for what may be given up in the middle."""
+        return not self.stop.signum
+
+
+def how_to_start(checkpoints: Checkpoints, asked: str | None, init_from: Path | None, overwrite: bool) -> bool:
+    """Whether to resume. torchrun's restart of a run that failed resumes by itself, once there is a checkpoint.
+
+    Args:
+        checkpoints: of the run's folder.
+        asked: "always", "auto" (where there is a checkpoint), or None: do not resume.
+        init_from: weights to start with.
+        overwrite: what is there may be replaced.
+
+    Raises:
+        ConfigError: arguments contradict each other.
+        CheckpointError: there is nothing to resume from, or a training that a fresh start would replace.
+    """
+    if asked == "auto" or distributed.restarted():
+        return checkpoints.exist()
+    if asked and (init_from or overwrite):
+        other = "--init-from" if init_from else "--overwrite"
+        raise ConfigError(f"--resume and {other} exclude each other: a resumed run goes on with what is there")
+    if asked and not checkpoints.exist():
+        raise CheckpointError(f"{checkpoints.path}: there is no checkpoint to resume from; start without --resume")
+    if not asked and not overwrite and checkpoints.exist():
+        raise CheckpointError(
+            f"{checkpoints.path}: model_dir holds a training; go on with --resume, start anew with --overwrite, "
+            "or take another model_dir"
+        )
+    return asked is not None
