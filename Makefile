@@ -36,9 +36,9 @@ data/phantom/Task01_BrainTumour/dataset.json: | $(VENV)/run
 
 demo: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
 	@echo "== stage 1: the autoencoder, going on from the demo weights in $(WEIGHTS)"
-	@$(PY) train_autoencoder.py $(DEMO) --init-from $(WEIGHTS)
+	@$(PY) train_autoencoder.py $(DEMO) --init-from $(WEIGHTS) --overwrite
 	@echo "== stage 2: the diffusion model, going on from the demo weights in $(WEIGHTS)"
-	@$(PY) train_diffusion.py $(DEMO) --init-from $(WEIGHTS)
+	@$(PY) train_diffusion.py $(DEMO) --init-from $(WEIGHTS) --overwrite
 	@echo "== stage 3: 8 new brains"
 	@$(PY) inference.py $(DEMO) --num 8
 	@echo "== stage 4: how good they are"
@@ -49,10 +49,10 @@ demo: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
 # How the committed weights were made. Longer than the demo, otherwise the same.
 demo-scratch: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
 	@echo "== stage 1 from nothing"
-	@$(PY) train_autoencoder.py $(SCRATCH) \
+	@$(PY) train_autoencoder.py $(SCRATCH) --overwrite \
 	  --set autoencoder_train.max_epochs=12 --set autoencoder_train.lr=1e-3 --set autoencoder_train.val_interval=4
 	@echo "== stage 2 from nothing"
-	@$(PY) train_diffusion.py $(SCRATCH) \
+	@$(PY) train_diffusion.py $(SCRATCH) --overwrite \
 	  --set diffusion_train.max_epochs=110 --set diffusion_train.lr=1.5e-3 --set diffusion_train.val_interval=10
 	@$(PY) inference.py $(SCRATCH) --num 8
 	@$(PY) evaluate.py $(SCRATCH) --synthetic results/demo_scratch --output results/demo_scratch/metrics.json

@@ -35,15 +35,16 @@ def main() -> None:
         run.fingerprint = fingerprint(cfg, facts)
         loaders = train_loader(data, cfg, "autoencoder"), validation_loader(data, cfg, "autoencoder")
         stage = AutoencoderStage(cfg, run.device, cfg.autoencoder_train.max_epochs * len(loaders[0]))
-        position = begin(stage, data, run)
-        announce(stage, data, run)
         if args.replay:
             replay(args.replay, stage)
-        elif args.dry_run:
-            dry_run(stage, loaders, run)
         else:
-            with run.stop.noted():
-                fit(stage, loaders, run, position, facts)
+            position = begin(stage, data, run, len(loaders[0]))
+            announce(stage, data, run)
+            if args.dry_run:
+                dry_run(stage, loaders, run)
+            else:
+                with run.writing():
+                    fit(stage, loaders, run, position, facts)
 
 
 def describe(cfg: Config, data: Prepared) -> dict[str, Any]:
@@ -67,10 +68,10 @@ def fingerprint(cfg: Config, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def begin(stage: AutoencoderStage, data: Prepared, run: Run) -> Position:
+def begin(stage: AutoencoderStage, data: Prepared, run: Run, steps_per_epoch: int) -> Position:
     """Resume, or start with given weights, or start fresh."""
     if run.resume:
-        return run.load(stage)
+        return run.load(stage, steps_per_epoch)
     if run.init_from:
         stage.start_from(run.init_from)
         log(f"going on from the weights in {run.init_from}")

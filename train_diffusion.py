@@ -51,15 +51,16 @@ def main() -> None:
         sampler = EpochSampler(len(latents.train), volumes_a_step, cfg.seed)
         statistics = latents.train.statistics(cfg.diffusion_train.center_latents)
         stage = DiffusionStage(cfg, run.device, cfg.diffusion_train.max_epochs * len(sampler), statistics)
-        position = begin(stage, run)
-        announce(stage, latents, run)
         if args.replay:
             replay(args.replay, stage)
-        elif args.dry_run:
-            dry_run(stage, latents, sampler, run)
         else:
-            with run.stop.noted():
-                fit(stage, latents, sampler, run, position)
+            position = begin(stage, run, len(sampler))
+            announce(stage, latents, run)
+            if args.dry_run:
+                dry_run(stage, latents, sampler, run)
+            else:
+                with run.writing():
+                    fit(stage, latents, sampler, run, position)
 
 
 def encode(autoencoder: Any, card: AutoencoderCard, data: Prepared, run: Run) -> Latents:
@@ -95,10 +96,10 @@ def fingerprint(cfg: Config, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def begin(stage: DiffusionStage, run: Run) -> Position:
+def begin(stage: DiffusionStage, run: Run, steps_per_epoch: int) -> Position:
     """Resume, or start with given weights, or start fresh."""
     if run.resume:
-        return run.load(stage)
+        return run.load(stage, steps_per_epoch)
     if run.init_from:
         stage.start_from(run.init_from)
         log(f"going on from the weights in {run.init_from}")

@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +14,6 @@ from ldm3d.checkpoint import LAST, Checkpoints
 from ldm3d.config import load_config, load_environment
 from ldm3d.errors import UserError
 from ldm3d.files import require_writable
-from ldm3d.lock import only_writer
 from ldm3d.run import Run, how_to_start
 from ldm3d.schema import Config, Environment
 from ldm3d.tracking import Tracker
@@ -76,12 +75,12 @@ def read_settings(args: argparse.Namespace) -> tuple[Config, Environment]:
 
 @contextmanager
 def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage: str) -> Iterator[Run]:
-    """Check what can be checked early, join the other processes, lock `model_dir`, open the event file.
+    """Check what can be checked early, join the other processes, open the event file.
 
     Raises:
         ConfigError: arguments contradict each other or the machine.
         CheckpointError: there is nothing to resume from, or something that a fresh start would overwrite.
-        OutputError: a folder cannot be written to, or another training is writing there.
+        OutputError: a folder cannot be written to.
     """
     checkpoints = Checkpoints(env.model_dir / LAST[stage], cfg.keep_last, cfg.checkpoint_every_minutes)
     writes = not (args.dry_run or args.replay)
@@ -92,11 +91,8 @@ def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage:
     require_writable(env.tfevent_path)
     with (
         distributed.process_group(cfg.ddp_backend, cfg.ddp_timeout_seconds) as device,
-        only_writer(env.model_dir) if writes else nullcontext(),
         Tracker(env.tfevent_path / stage) as tracker,
     ):
-        if args.overwrite and not resume:
-            checkpoints.clear()
         yield Run(cfg, env, device, tracker, checkpoints, resume, None if resume else args.init_from)
 
 

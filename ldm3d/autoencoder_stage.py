@@ -96,7 +96,8 @@ class AutoencoderStage:
             latents.append(mean)
 
         def error(norms: list[float]) -> NonFiniteLoss:
-            values = {name: float(term) for name, term in terms.items()} | {"gradient_norm": norms[0]}
+            names = ("gradient_norm", "discriminator_gradient_norm")
+            values = {name: float(term) for name, term in terms.items()} | dict(zip(names, norms, strict=False))
             ranges = {"image": value_range(image), "latent": value_range(torch.cat(latents))}
             return NonFiniteLoss(random.step, values, batch["case"], ranges)
 

@@ -60,7 +60,7 @@ class NonFiniteLoss(UserError):
     @property
     def loss(self) -> float:
         """Sum of the terms: not finite where one of them is not."""
-        return sum(value for name, value in self.terms.items() if name != "gradient_norm")
+        return sum(value for name, value in self.terms.items() if not name.endswith("gradient_norm"))
 
     def __str__(self) -> str:
         terms = ", ".join(f"{name} = {value:g}" for name, value in self.terms.items())

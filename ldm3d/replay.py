@@ -126,6 +126,8 @@ def _networks(stage: Any) -> list[tuple[str, nn.Module]]:
 
 
 def _forward_call(seen: list[warnings.WarningMessage]) -> list[str]:
-    """The lines of our own code and the networks' that led to the operation whose gradient went bad."""
+    """The lines, torch's own left out, that led to the operation whose gradient went bad."""
     text = "".join(str(warning.message) for warning in seen if "Traceback of forward call" in str(warning.message))
-    return [line.strip() for line in text.splitlines() if line.strip().startswith("File ")][-4:]
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("File ")]
+    inside = str(Path(torch.__file__).parent)
+    return [line for line in lines if inside not in line][-4:]

@@ -1,5 +1,7 @@
 """A training run: how it starts, and what happens between two of its steps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from ldm3d import distributed
 from ldm3d.checkpoint import Checkpoints
 from ldm3d.errors import CheckpointError, ConfigError
+from ldm3d.lock import only_writer
 from ldm3d.progress import Position
 from ldm3d.schema import Config, Environment
 from ldm3d.signals import Stopped, StopRequest
@@ -32,14 +35,28 @@ class Run:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     stop: StopRequest = field(default_factory=StopRequest)
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within, `model_dir` is this run's alone, and a first Ctrl-C or SIGTERM is only noted.
+
+        Raises:
+            OutputError: another training is writing there.
+        """
+        with only_writer(self.env.model_dir), self.stop.noted():
+            if not self.resume:
+                self.checkpoints.clear()
+            yield
+
     def save(self, stage: Any, position: Position) -> None:
         self.checkpoints.save(position.state(stage.state_dict(), self.fingerprint))
 
-    def load(self, stage: Any) -> Position:
+    def load(self, stage: Any, steps_per_epoch: int) -> Position:
         """Bring `stage` to where the newest checkpoint stands. Raises `CheckpointError`."""
         state = self.checkpoints.load(self.fingerprint)
         stage.load_state_dict(state["stage"])
-        self.tracker.first_step = state["step"] + 1
+        # What is at an epoch's last step and has not counted it will make, and log, its validation again.
+        told = state["step"] == state["epoch"] * steps_per_epoch
+        self.tracker.first_step = state["step"] + told
         return Position(state["epoch"], state["step"], state["best"])
 
     def pause(self, stage: Any, position: Position) -> None:

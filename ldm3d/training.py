@@ -110,16 +110,15 @@ class Optimizer:
 
     def may_skip(self, norm_is_finite: bool) -> bool:
         """Whether a bad step is one that float16's loss scaling expects: it is left out, and the scale lowered."""
-        self.skipped += 1
-        return self.scaler.is_enabled() and not norm_is_finite and self.skipped <= self.max_skipped
+        return self.scaler.is_enabled() and not norm_is_finite and self.skipped < self.max_skipped
 
     def update(self, finite: bool) -> None:
         """Change the weights; where the gradients are not finite, which only a loss scaler may meet, nothing."""
         self.scaler.step(self.adamw)
         self.scaler.update()
+        self.skipped = 0 if finite else self.skipped + 1
         if finite:
             self.schedule.step()
-            self.skipped = 0
         self.adamw.zero_grad(set_to_none=True)
 
     @property

@@ -1,8 +1,11 @@
 """What can happen to a running script, at a chosen place: signals, a kill, a full disk. See `warm.py`."""
 
+import functools
+import importlib
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +17,15 @@ def signal_at_step(name: str, step: int) -> None:
     from ldm3d.diffusion_stage import DiffusionStage
 
     for stage in (AutoencoderStage, DiffusionStage):
-        _before(stage, "train_step", lambda _, batch, number, *more: number == step and _signal(name))
+        _before(stage, "train_step", lambda _, batch, random, *more: random.step == step and _signal(name))
 
 
 def lose_data_at_step(folder: str, step: int) -> None:
     """The disk with the data set and its cache goes away before the training step of this number."""
     from ldm3d.autoencoder_stage import AutoencoderStage
 
-    def remove(_: Any, batch: Any, number: int, *more: Any) -> None:
-        if number == step:
+    def remove(_: Any, batch: Any, random: Any, *more: Any) -> None:
+        if random.step == step:
             time.sleep(1)  # until the processes that load data have nothing left to do: they must miss it later
             shutil.rmtree(folder)
 
@@ -41,8 +44,8 @@ def validation_says(*losses: float) -> None:
         measures, shown = validate_1(stage, loader)
         return measures | {"l1": next(told)}, shown
 
-    def of_stage_2(stage: Any, cache: Any) -> Any:
-        return validate_2(stage, cache) | {"loss": next(told)}
+    def of_stage_2(stage: Any, *more: Any) -> Any:
+        return validate_2(stage, *more) | {"loss": next(told)}
 
     AutoencoderStage.validate, DiffusionStage.validate = of_stage_1, of_stage_2  # type: ignore[method-assign]
 
@@ -61,6 +64,45 @@ def kill_while_saving(number: int) -> None:
             _signal("SIGKILL")
 
     _before(torch, "save", die)
+
+
+def signal_at_call(name: str, target: str, number: int) -> None:
+    """Signal the process group before call `number`, from 1, of `module:Class.method` or `module:function`."""
+    _at_call(target, number, before=lambda: _signal(name))
+
+
+def signal_after_call(name: str, target: str, number: int) -> None:
+    """The same, when the call is done."""
+    _at_call(target, number, after=lambda: _signal(name))
+
+
+def kill_after(seconds: float) -> None:
+    """Die so many seconds from now, wherever that may be."""
+    timer = threading.Timer(seconds, lambda: _signal("SIGKILL"))
+    timer.daemon = True
+    timer.start()
+
+
+def not_finite_at_step(step: int, where: str) -> None:
+    """In the training step of this number the batch holds a NaN (`where` is "batch") or a weight is inf ("weight")."""
+    import torch
+
+    from ldm3d.autoencoder_stage import AutoencoderStage
+    from ldm3d.diffusion_stage import DiffusionStage
+
+    def spoil(stage: Any, batch: Any, random: Any, *more: Any) -> None:
+        if random.step != step:
+            return
+        if where == "batch":
+            batch["image" if "image" in batch else "latent"][0, 0, 3, 3, 3] = torch.nan
+        else:
+            network = stage.autoencoder if hasattr(stage, "autoencoder") else stage.unet
+            weight = next(p for name, p in network.named_parameters() if ".conv1.conv.weight" in name)
+            with torch.no_grad():
+                weight[0] = torch.inf
+
+    for stage in (AutoencoderStage, DiffusionStage):
+        _before(stage, "train_step", spoil)
 
 
 def interrupt_while_preparing() -> None:
@@ -97,6 +139,26 @@ def full_disk_while_saving(nbytes: int) -> None:
     import torch
 
     _before(torch, "save", lambda *_: full_disk(nbytes))
+
+
+def _at_call(
+    target: str, number: int, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
+) -> None:
+    module, names = target.split(":")
+    *owners, name = names.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            before()
+        result = original(*args, **kwargs)
+        if len(calls) == number:
+            after()
+        return result
+
+    setattr(owner, name, wrapped)
 
 
 def _signal(name: str) -> None:

@@ -9,10 +9,9 @@ import torch
 
 from ldm3d import distributed
 from ldm3d.autoencoder_stage import AutoencoderStage
-from ldm3d.checkpoint import save_state
+from ldm3d.checkpoint import Checkpoints
 from ldm3d.diffusion_stage import DiffusionStage
 from ldm3d.latents import LatentCache, LatentStatistics, build_latent_cache
-from ldm3d.training import seed_step
 
 NUM_VOLUMES = 5
 
@@ -45,8 +44,8 @@ def together() -> dict[str, Any]:
 
 
 def random_numbers() -> torch.Tensor:
-    seed_step(3, 7)
-    return torch.rand(4)
+    """Two volumes' own, and one of the global random state."""
+    return torch.cat([tiny.random(3, seed=7).normal(), torch.rand(1)])
 
 
 def trained() -> dict[str, Any]:
@@ -55,9 +54,9 @@ def trained() -> dict[str, Any]:
     rank = distributed.rank()
     one, two = AutoencoderStage(cfg, tiny.CPU, 10), diffusion_stage()
     for step in range(2):
-        seed_step(0, step)
-        one.train_step(tiny.batch(seed=10 * rank + step), step, adversarial=True)
-        two.train_step(torch.randn(2, *cfg.latent_shape), step, ["a", "b"])
+        one.train_step(tiny.batch(seed=10 * rank + step), tiny.random(step), adversarial=True)
+        random = tiny.random(step)
+        two.train_step({"latent": random.normal(cfg.latent_shape), "case": ["a", "b"]}, random)
     return {"autoencoder": one.state_dict(), "diffusion": two.state_dict()}
 
 
@@ -77,8 +76,8 @@ if __name__ == "__main__":
             "autoencoder validation": AutoencoderStage(tiny.config(), tiny.CPU, 1).validate(volumes)[0],
             "trained": trained(),
         }
-        save_state(folder / "state.pt", {"rank": distributed.rank()})
-        # The barrier of `save_state` is passed: the file of rank 0 is there for every rank.
+        Checkpoints(folder / "state.pt", 1, 1).save({"rank": distributed.rank()})
+        # Its barrier is passed: the file of rank 0 is there for every rank.
         seen["state is there"] = (folder / "state.pt").is_file()
         torch.save(seen, folder / f"rank{distributed.rank()}.pt")
     assert not torch.distributed.is_initialized()

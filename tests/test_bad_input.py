@@ -326,6 +326,15 @@ CASES = {
     "resume and init-from": Case(
         STAGE_1, ("--resume and --init-from exclude each other",), more=("--resume", "--init-from", "model")
     ),
+    "resume and overwrite": Case(
+        STAGE_1, ("--resume and --overwrite exclude each other",), more=("--resume", "--overwrite")
+    ),
+    "nothing to replay": Case(STAGE_1, ("--replay kept.pt: no such file",), more=("--replay", "kept.pt")),
+    "another stage to replay": Case(
+        STAGE_2,
+        ("autoencoder_last.pt: is not a step of diffusion training",),
+        more=("--replay", "model/autoencoder_last.pt"),
+    ),
     "nothing to begin with": Case(
         STAGE_2, ("nowhere/diffusion_unet.safetensors: no such weights",), more=("--init-from", "nowhere")
     ),
@@ -352,12 +361,27 @@ def test_refused_in_one_line_and_nothing_is_lost(
         shutil.copytree(trained.model, desk.model)
     named = case.prepare(desk)
     before = tree(desk.folder, desk.temporary)
-    result = run(case.script, *case.more)
+    # What is refused must be refused whether or not it may replace the training that is there.
+    overwrite = () if case.script == STAGE_3 or "--resume" in case.more else ("--overwrite",)
+    result = run(case.script, *case.more, *overwrite)
     record_property("seconds", round(result.seconds, 1))
     require_refused(result, named, *case.says)
     prepared = desk.folder / "data" / "cache"  # what was done to the good volumes of a bad data set is kept
     after = tree(desk.folder, desk.temporary)
     assert {path: digest for path, digest in after.items() if not path.startswith(str(prepared))} == before
+
+
+@pytest.mark.parametrize("script", [STAGE_1, STAGE_2])
+def test_a_training_is_not_replaced_without_being_told_to(script: str, desk: Desk, model: Path, run: Run) -> None:
+    before = tree(model)
+    for more in ((), ("--init-from", "model")):
+        require_refused(
+            run(script, *more), "model_dir holds a training; go on with --resume, start anew with --overwrite"
+        )
+    assert tree(model) == before
+    section = "autoencoder_train" if script == STAGE_1 else "diffusion_train"
+    assert run(script, "--overwrite", "--set", f"{section}.max_epochs=1").code == 0
+    assert tree(model) != before
 
 
 def test_the_start_is_quick(desk: Desk) -> None:
@@ -390,7 +414,8 @@ def test_data_gone_while_training(workers: int, desk: Desk, run: Run) -> None:
     """Also where another process notices it, whose error comes with a traceback."""
     data = Path(shutil.copytree(desk.data, desk.folder / "data"))
     desk.write_environment(data_base_dir=str(data))
-    result = run(STAGE_1, "--set", f"data.num_workers={workers}", faults=[("lose_data_at_step", str(data), 8)])
+    settings = ("--set", f"data.num_workers={workers}", "--set", "checkpoint_every_minutes=0")
+    result = run(STAGE_1, *settings, faults=[("lose_data_at_step", str(data), 8)])
     require_refused(result, f"{data}/Task01_BrainTumour/imagesTr/BRATS_", ".nii.gz is not there")
     assert torch.load(desk.model / "autoencoder_last.pt", weights_only=True)["epoch"] == 2
 

@@ -19,7 +19,6 @@ from ldm3d.errors import CheckpointError, OutputError
 from ldm3d.latents import LatentStatistics
 from ldm3d.progress import Position
 from ldm3d.schema import Config
-from ldm3d.training import seed_step
 
 TOTAL = 8
 RISING_AND_FALLING = {"lr_schedule": "cosine", "warm_up_steps": 2, "weight_decay": 0.01, "max_grad_norm": 0.5}
@@ -39,18 +38,18 @@ def diffusion_stage(cfg: Config, scale: float = 1.5) -> DiffusionStage:
 
 
 def step_one(stage: AutoencoderStage, step: int) -> dict[str, Any]:
-    return stage.train_step(tiny.batch(seed=step), step, adversarial=step >= 2)
+    return stage.train_step(tiny.batch(seed=step), tiny.random(step), adversarial=step >= 2)
 
 
 def step_two(stage: DiffusionStage, step: int) -> dict[str, Any]:
-    return stage.train_step(torch.randn(2, *stage.cfg.latent_shape), step, ["a", "b"])
+    random = tiny.random(step)
+    return stage.train_step({"latent": random.normal(stage.cfg.latent_shape), "case": ["a", "b"]}, random)
 
 
 def run(stage: Any, step: Callable[..., Any], first: int, last: int) -> list[dict[str, Any]]:
     """Train as the scripts do; what each step returned."""
     said = []
     for number in range(first, last):
-        seed_step(stage.cfg.seed, number)
         said.append(step(stage, number))
     return said
 

@@ -15,9 +15,9 @@ ROOMS = """
     errors files distributed console definitions schema config
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
-    networks losses diffusion weights latents allocator training checkpoint progress sampling tutorial
+    randomness networks losses diffusion weights latents allocator training checkpoint progress sampling tutorial
     montage features metrics report interior copies
-    autoencoder_stage diffusion_stage tracking
+    autoencoder_stage diffusion_stage replay tracking signals lock run
 """
 ORDER = ROOMS.split()
 

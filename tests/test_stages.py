@@ -12,13 +12,12 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from ldm3d import autoencoder_stage, training
+from ldm3d import training
 from ldm3d.autoencoder_stage import AutoencoderStage
 from ldm3d.diffusion_stage import DiffusionStage
 from ldm3d.errors import NonFiniteLoss, WeightsError
 from ldm3d.latents import LatentCache, LatentStatistics
 from ldm3d.schema import Config
-from ldm3d.training import seed_step
 from ldm3d.weights import AUTOENCODER, DISCRIMINATOR, UNET, load_autoencoder, load_unet
 
 NO_MEAN = torch.zeros(1, 1, 1, 1)
@@ -48,7 +47,7 @@ def changed(network: nn.Module, before: dict[str, Tensor]) -> set[str]:
 def test_one_step_changes_every_weight_of_the_autoencoder() -> None:
     stage = stage_one()
     before = snapshot(stage.autoencoder), snapshot(stage.discriminator)
-    terms = stage.train_step(tiny.batch(), 0, adversarial=False)
+    terms = stage.train_step(tiny.batch(), tiny.random(), adversarial=False)
     assert set(terms) == {"reconstruction", "kl", "gradient_norm"}
     assert all(not term.requires_grad and term.ndim == 0 for term in terms.values())
     assert changed(stage.autoencoder, before[0]) == set(before[0])
@@ -58,7 +57,7 @@ def test_one_step_changes_every_weight_of_the_autoencoder() -> None:
 def test_after_the_warm_up_both_learn() -> None:
     stage = stage_one()
     before = snapshot(stage.autoencoder), snapshot(stage.discriminator)
-    terms = stage.train_step(tiny.batch(), 0, adversarial=True)
+    terms = stage.train_step(tiny.batch(), tiny.random(), adversarial=True)
     assert set(terms) == {"reconstruction", "kl", "adversarial", "discriminator", "gradient_norm"}
     assert changed(stage.autoencoder, before[0]) == set(before[0])
     assert {n for n in before[1] if n.endswith("weight")} <= changed(stage.discriminator, before[1])
@@ -68,24 +67,23 @@ def test_the_warm_up_leaves_out_the_adversarial_gradient() -> None:
     weights = []
     for adversarial in (False, True):
         stage = stage_one(autoencoder_train={"adv_weight": 1.0})
-        torch.manual_seed(0)
-        stage.train_step(tiny.batch(), 0, adversarial)
+        stage.train_step(tiny.batch(), tiny.random(), adversarial)
         weights.append(snapshot(stage.autoencoder))
     assert not tiny.equal_states(*weights)
 
 
 def test_each_network_learns_in_its_own_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of autoencoder and discriminator after each of the two steps."""
+    """Gradients of autoencoder and discriminator after each of the two backward passes."""
     stage, seen = stage_one(), []
 
-    def noted(*arguments: Any) -> Tensor:
-        norm = training.checked_step(*arguments)
+    def noted(optimizer: training.Optimizer, loss: Tensor) -> None:
+        backward(optimizer, loss)
         networks = (stage.autoencoder, stage.discriminator)
         seen.append([[None if p.grad is None else p.grad.clone() for p in net.parameters()] for net in networks])
-        return norm
 
-    monkeypatch.setattr(autoencoder_stage, "checked_step", noted)
-    stage.train_step(tiny.batch(), 0, adversarial=True)
+    backward = training.Optimizer.backward
+    monkeypatch.setattr(training.Optimizer, "backward", noted)
+    stage.train_step(tiny.batch(), tiny.random(), adversarial=True)
     (generator, idle), (generator_afterwards, discriminator) = seen
     assert all(g is not None for g in generator)
     assert all(g is None for g in idle)
@@ -97,12 +95,11 @@ def test_each_network_learns_in_its_own_step_only(monkeypatch: pytest.MonkeyPatc
 def test_adversarial_term_is_the_verdict_on_the_reconstruction() -> None:
     stage = stage_one(autoencoder_train={"adv_weight": 0.5})
     batch, reference = tiny.batch(), copy.deepcopy(stage.discriminator)
-    torch.manual_seed(3)
     with torch.no_grad():
-        reconstructed, _, _ = stage.autoencoder(batch["image"])
+        noise = tiny.random(3).normal((3, 8, 8, 8))
+        reconstructed, _, _ = stage.autoencoder(batch["image"], noise)
         fake, real = reference(reconstructed)[-1], reference(batch["image"])[-1]
-    torch.manual_seed(3)
-    terms = stage.train_step(batch, 0, adversarial=True)
+    terms = stage.train_step(batch, tiny.random(3), adversarial=True)
     assert terms["adversarial"].item() == pytest.approx(0.5 * (fake - 1).square().mean().item(), rel=1e-5)
     expected = 0.5 * (fake.square().mean() + (real - 1).square().mean())
     assert terms["discriminator"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -114,7 +111,7 @@ def test_an_image_that_is_not_finite_changes_nothing(adversarial: bool) -> None:
     batch["image"][1, 0, 3, 3, 3] = math.nan
     before = copy.deepcopy(stage.state_dict())
     with pytest.raises(NonFiniteLoss, match=r"step 5: .*reconstruction = nan.* on cases case0, case1"):
-        stage.train_step(batch, 5, adversarial)
+        stage.train_step(batch, tiny.random(5), adversarial)
     assert tiny.equal_states(before, stage.state_dict())
 
 
@@ -123,7 +120,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     next(stage.autoencoder.parameters()).register_hook(lambda gradient: gradient * math.nan)
     before = copy.deepcopy(stage.state_dict())
     with pytest.raises(NonFiniteLoss, match="gradient_norm = nan"):
-        stage.train_step(tiny.batch(), 0, adversarial=False)
+        stage.train_step(tiny.batch(), tiny.random(), adversarial=False)
     assert tiny.equal_states(before, stage.state_dict())
 
 
@@ -132,14 +129,16 @@ def test_a_discriminator_that_fails_keeps_its_weights() -> None:
     next(stage.discriminator.parameters()).register_hook(lambda gradient: gradient * math.nan)
     before = snapshot(stage.discriminator)
     with pytest.raises(NonFiniteLoss, match=r"discriminator = .*gradient_norm = nan"):
-        stage.train_step(tiny.batch(), 0, adversarial=True)
+        stage.train_step(tiny.batch(), tiny.random(), adversarial=True)
     assert not changed(stage.discriminator, before)
     assert all(torch.isfinite(p).all() for p in stage.autoencoder.parameters())
 
 
 def test_the_autoencoder_learns() -> None:
     stage = stage_one(autoencoder_train={"lr": 5e-3}, autoencoder_def={"patchify": 2})
-    losses = [stage.train_step(tiny.batch(4), step, step > 20)["reconstruction"].item() for step in range(40)]
+    losses = [
+        stage.train_step(tiny.batch(4), tiny.random(step, 4), step > 20)["reconstruction"].item() for step in range(40)
+    ]
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -191,7 +190,7 @@ def test_validation_measures_the_reconstruction_of_the_mean(validation_set: list
 
 def test_published_weights_begin_another_training(tmp_path: Path) -> None:
     stage = stage_one()
-    stage.train_step(tiny.batch(), 0, adversarial=True)
+    stage.train_step(tiny.batch(), tiny.random(), adversarial=True)
     stage.publish(tmp_path, tiny.FACTS, {"psnr_db": 12.5})
     network, card = load_autoencoder(tmp_path)
     assert card.validation == {"psnr_db": 12.5}
@@ -241,6 +240,10 @@ def cache(tmp_path: Path) -> LatentCache:
     return LatentCache(tmp_path)
 
 
+def named(latent: Tensor) -> dict[str, Any]:
+    return {"latent": latent, "case": ["a", "b"]}
+
+
 def latents(seed: int = 0) -> Tensor:
     return torch.randn(2, 3, 8, 8, 8, generator=torch.Generator().manual_seed(seed))
 
@@ -249,7 +252,7 @@ def test_one_step_changes_network_and_running_average() -> None:
     stage = stage_two()
     before = snapshot(stage.unet)
     assert tiny.equal_states(before, stage.ema.network.state_dict())
-    terms = stage.train_step(latents(), 0, ["a", "b"])
+    terms = stage.train_step(named(latents()), tiny.random(0))
     assert set(terms) == {"loss", "gradient_norm"}
     assert not terms["loss"].requires_grad
     moved = changed(stage.unet, before)
@@ -263,7 +266,7 @@ def test_one_step_changes_network_and_running_average() -> None:
 def test_decay_zero_follows_the_weights() -> None:
     stage = stage_two(tiny.config(diffusion_train={"ema_decay": 0}, **FLOW))
     for step in range(3):
-        stage.train_step(latents(step), step, ["a", "b"])
+        stage.train_step(named(latents(step)), tiny.random(step))
     assert not changed(stage.ema.network, stage.unet.state_dict())
 
 
@@ -273,10 +276,8 @@ def test_loss_is_the_error_on_normalised_latents(centred: bool, schedule: str) -
     """A fresh network predicts zero, so that the first loss is the mean square of its target."""
     mean = latents(9)[0] if centred else NO_MEAN
     stage = stage_two(tiny.config(**FLOW) if schedule == "rflow" else tiny.config(), LatentStatistics(mean, 2.5))
-    torch.manual_seed(11)
-    loss = stage.train_step(latents(), 0, ["a", "b"])["loss"].item()
-    torch.manual_seed(11)
-    noise = torch.randn(2, 3, 8, 8, 8)
+    loss = stage.train_step(named(latents()), tiny.random(11))["loss"].item()
+    noise = tiny.random(11).normal((3, 8, 8, 8))
     target = (latents() - mean) * 2.5 - noise if schedule == "rflow" else noise
     assert loss == pytest.approx(target.square().mean().item(), rel=1e-5)
 
@@ -285,8 +286,7 @@ def test_every_step_draws_other_noise() -> None:
     losses = []
     for step in (0, 0, 1):
         stage = stage_two()
-        seed_step(0, step)
-        losses.append(stage.train_step(latents(), 0, ["a", "b"])["loss"].item())
+        losses.append(stage.train_step(named(latents()), tiny.random(step))["loss"].item())
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -294,8 +294,8 @@ def test_latents_that_are_not_finite_change_nothing() -> None:
     stage, bad = stage_two(), latents()
     bad[1, 0, 0, 0, 0] = math.inf
     before = copy.deepcopy(stage.state_dict())
-    with pytest.raises(NonFiniteLoss, match=r"step 4: .*largest_latent = inf.* on cases a, b"):
-        stage.train_step(bad, 4, ["a", "b"])
+    with pytest.raises(NonFiniteLoss, match=r"step 4: .*on cases a, b; latent .*, 1 of \d+ not finite; normalised"):
+        stage.train_step(named(bad), tiny.random(4))
     assert tiny.equal_states(before, stage.state_dict())
 
 
@@ -304,7 +304,7 @@ def test_a_network_that_is_not_finite_spoils_neither_weights_nor_average() -> No
     stage.unet.out[2].conv.weight.register_hook(lambda gradient: gradient * math.nan)
     before = copy.deepcopy(stage.state_dict())
     with pytest.raises(NonFiniteLoss, match="gradient_norm = nan"):
-        stage.train_step(latents(), 0, ["a", "b"])
+        stage.train_step(named(latents()), tiny.random(0))
     assert tiny.equal_states(before, stage.state_dict())
 
 
@@ -312,8 +312,7 @@ def test_the_unet_learns() -> None:
     stage = stage_two(tiny.config(diffusion_train={"lr": 5e-3}, **FLOW))
     losses = []
     for step in range(40):
-        seed_step(0, step)
-        losses.append(stage.train_step(torch.ones(2, 3, 8, 8, 8), step, ["a", "b"])["loss"].item())
+        losses.append(stage.train_step(named(torch.ones(2, 3, 8, 8, 8)), tiny.random(step))["loss"].item())
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
@@ -372,7 +371,7 @@ def trained() -> Iterator[DiffusionStage]:
     mean = latents(5)[0]
     stage = stage_two(statistics=LatentStatistics(mean, 0.75))
     for step in range(2):
-        stage.train_step(latents(step), step, ["a", "b"])
+        stage.train_step(named(latents(step)), tiny.random(step))
     yield stage
 
 

@@ -22,10 +22,10 @@ from ldm3d.training import (
     EMA,
     Optimizer,
     Precision,
-    checked_step,
+    guarded_step,
     learning_rate_factor,
-    require_finite,
-    seed_step,
+    scaled_learning_rate,
+    value_range,
 )
 
 
@@ -45,6 +45,15 @@ def optimizer(net: nn.Module, total_steps: int = 10, **changes: Any) -> Optimize
 def loss_of(net: nn.Module, step: int) -> torch.Tensor:
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
     return (net(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def step_of(steps: Optimizer, loss: torch.Tensor, number: int = 0, **terms: float) -> torch.Tensor:
+    """One whole step; the gradients' norm."""
+    steps.backward(loss)
+    (norm,) = guarded_step(
+        [steps], [loss], lambda norms: NonFiniteLoss(number, terms | {"gradient_norm": norms[0]}, ["a", "b"])
+    )
+    return norm
 
 
 # Learning rate
@@ -80,7 +89,7 @@ def test_steps_use_the_scheduled_rate() -> None:
         expected = 0.01 * learning_rate_factor(step, settings(warm_up_steps=2, lr_schedule="cosine"), 10)
         assert steps.learning_rate == pytest.approx(expected)
         assert steps.adamw.param_groups[0]["lr"] == pytest.approx(expected)
-        steps.step(loss_of(net, step))
+        step_of(steps, loss_of(net, step))
 
 
 # The gradient step
@@ -91,7 +100,7 @@ def test_a_step_is_adamw_on_clipped_gradients() -> None:
     steps = optimizer(net, max_grad_norm=0.1, weight_decay=0.05)
     adamw = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.05)
     for step in range(3):
-        norm = steps.step(loss_of(net, step))
+        norm = step_of(steps, loss_of(net, step))
         adamw.zero_grad()
         loss_of(reference, step).backward()
         gradients = [p.grad for p in reference.parameters()]
@@ -106,7 +115,9 @@ def test_a_step_is_adamw_on_clipped_gradients() -> None:
 
 def test_small_gradients_are_not_clipped() -> None:
     net = network()
-    norm = optimizer(net, max_grad_norm=1000).step(loss_of(net, 0))
+    steps = optimizer(net, max_grad_norm=1000)
+    steps.backward(loss_of(net, 0))
+    norm = steps.clip()
     kept = torch.cat([p.grad.flatten() for p in net.parameters()]).norm()
     assert kept.item() == pytest.approx(norm.item())
 
@@ -115,7 +126,7 @@ def test_frozen_parameters_are_left_alone() -> None:
     net = network()
     net[0].requires_grad_(False)
     before = copy.deepcopy(net.state_dict())
-    optimizer(net, weight_decay=0.5).step(loss_of(net, 0))
+    step_of(optimizer(net, weight_decay=0.5), loss_of(net, 0))
     assert tiny.equal_states(net[0].state_dict(), {k: before[f"0.{k}"] for k in ("weight", "bias")})
     assert not torch.equal(net[2].weight, before["2.weight"])
 
@@ -124,7 +135,7 @@ def test_state_gives_the_identical_next_step() -> None:
     net = network()
     steps = optimizer(net, warm_up_steps=2, lr_schedule="cosine")
     for step in range(4):
-        steps.step(loss_of(net, step))
+        step_of(steps, loss_of(net, step))
     weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(steps.state_dict())
     again = network(seed=9)
     again.load_state_dict(weights)
@@ -132,7 +143,7 @@ def test_state_gives_the_identical_next_step() -> None:
     resumed.load_state_dict(state)
     for step in range(4, 8):
         assert resumed.learning_rate == steps.learning_rate
-        assert torch.equal(steps.step(loss_of(net, step)), resumed.step(loss_of(again, step)))
+        assert torch.equal(step_of(steps, loss_of(net, step)), step_of(resumed, loss_of(again, step)))
         assert tiny.equal_states(net.state_dict(), again.state_dict())
     assert tiny.equal_states(steps.state_dict(), resumed.state_dict())
 
@@ -148,26 +159,22 @@ def test_precision_on_a_cpu_is_float32() -> None:
 # Bad numbers
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_terms_and_cases() -> None:
-    terms = {"reconstruction": torch.tensor(0.5), "kl": torch.tensor(math.nan)}
-    with pytest.raises(NonFiniteLoss) as stopped:
-        require_finite(sum(terms.values()), terms, 17, ["case_a", "case_b"])
-    assert stopped.value.step == 17
-    assert stopped.value.cases == ["case_a", "case_b"]
-    assert stopped.value.terms["reconstruction"] == 0.5
-    message = str(stopped.value)
-    for part in ("step 17", "reconstruction = 0.5", "kl = nan", "case_a, case_b"):
+def test_the_message_names_step_terms_cases_and_ranges() -> None:
+    error = NonFiniteLoss(17, {"reconstruction": 0.5, "kl": math.nan}, ["case_a", "case_b"], {"image": "0 to 1"})
+    message = str(error)
+    for part in ("step 17", "reconstruction = 0.5", "kl = nan", "case_a, case_b", "image 0 to 1", "NaN_FIX_GUIDE.md"):
         assert part in message
-    require_finite(torch.tensor(1.0), {}, 0, [])
-    with pytest.raises(NonFiniteLoss, match="kl = inf"):
-        require_finite(torch.tensor(math.inf), {"kl": torch.tensor(math.inf)}, 0, ["a"])
+    assert "--replay" not in message
+    error.replay = "kept.pt"
+    assert "--replay kept.pt" in str(error)
+    assert math.isnan(error.loss) and NonFiniteLoss(0, {"a": 1.0, "gradient_norm": math.inf}, []).loss == 1
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_bad_number_reaches_no_weight(bad: str) -> None:
     net = network()
     steps = optimizer(net)
-    checked_step(steps, loss_of(net, 0), {}, 0, ["a"])
+    step_of(steps, loss_of(net, 0))
     before = copy.deepcopy((net.state_dict(), steps.state_dict()))
     loss = loss_of(net, 1)
     if bad == "loss":
@@ -175,9 +182,85 @@ def test_a_bad_number_reaches_no_weight(bad: str) -> None:
     else:
         net[0].weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(NonFiniteLoss, match="step 1.*other" if bad == "loss" else "gradient_norm = inf") as stopped:
-        checked_step(steps, loss, {"other": torch.tensor(2.0)}, 1, ["a"])
+        step_of(steps, loss, 1, other=2.0)
     assert stopped.value.terms["other"] == 2
     assert tiny.equal_states(before, (net.state_dict(), steps.state_dict()))
+
+
+def test_no_weight_changes_where_one_of_two_losses_is_bad() -> None:
+    """The first optimizer, whose step is good, must not be ahead of the second."""
+    nets = network(), network(1)
+    both = [optimizer(net) for net in nets]
+    before = [copy.deepcopy(net.state_dict()) for net in nets]
+    losses = [loss_of(nets[0], 0), loss_of(nets[1], 0) * math.nan]
+    for steps, loss in zip(both, losses, strict=True):
+        steps.backward(loss)
+    with pytest.raises(NonFiniteLoss):
+        guarded_step(both, losses, lambda norms: NonFiniteLoss(0, {}, []))
+    assert tiny.equal_states([net.state_dict() for net in nets], before)
+
+
+def scaling(net: nn.Module, max_skipped: int) -> Optimizer:
+    """An optimizer with float16's loss scaling."""
+    precision = Precision(True, tiny.CPU)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return Optimizer(net.parameters(), settings(), 10, precision, max_skipped)
+
+
+def test_loss_scaling_skips_some_overflows_and_then_stops() -> None:
+    net = network()
+    steps = scaling(net, max_skipped=2)
+    before = copy.deepcopy(net.state_dict())
+    overflow = net[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    for skipped in (1, 2):
+        step_of(steps, loss_of(net, 0))
+        assert (steps.skipped, steps.scaler.get_scale()) == (skipped, 1024 / 2**skipped)
+    resumed = scaling(net, max_skipped=2)
+    resumed.load_state_dict(steps.state_dict())
+    for two_in_a_row in (steps, resumed):
+        with pytest.raises(NonFiniteLoss):
+            step_of(two_in_a_row, loss_of(net, 0))
+    assert tiny.equal_states(net.state_dict(), before)
+    assert steps.learning_rate == 0.01
+    overflow.remove()
+    net.zero_grad()
+    resumed = scaling(net, max_skipped=2)
+    resumed.load_state_dict(steps.state_dict())
+    step_of(resumed, loss_of(net, 0))
+    assert resumed.skipped == 0 and not tiny.equal_states(net.state_dict(), before)
+
+
+def test_loss_scaling_does_not_excuse_a_bad_loss_with_good_gradients() -> None:
+    """Scaling skips on bad gradients only: it would take such a step."""
+    net = network()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(NonFiniteLoss):
+        step_of(scaling(net, max_skipped=5), loss_of(net, 0) + math.nan)
+    assert tiny.equal_states(net.state_dict(), before)
+
+
+def test_scaled_gradients_make_the_step_of_unscaled_ones() -> None:
+    one, other = network(), network()
+    for step in range(3):
+        norms = step_of(optimizer(one), loss_of(one, step)), step_of(scaling(other, 0), loss_of(other, step))
+        torch.testing.assert_close(*norms)
+    torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1), ("sqrt", 8**0.5), ("linear", 8)])
+def test_learning_rate_follows_the_size_of_a_step(rule: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    train = settings(scale_lr=rule, accumulate_steps=2)
+    assert scaled_learning_rate(train) == pytest.approx(0.01 * factor)
+    assert Optimizer(network().parameters(), train, 10, Precision(True, tiny.CPU)).learning_rate == pytest.approx(
+        0.01 * factor
+    )
+
+
+def test_ranges_of_values_are_told() -> None:
+    assert value_range(torch.tensor([0.0, 1.5])) == "0 to 1.5"
+    assert value_range(torch.tensor([0.0, math.nan, -2.0, math.inf])) == "-2 to 0, 2 of 4 not finite"
+    assert value_range(torch.tensor([math.nan])) == "nowhere finite"
 
 
 # Running average
@@ -209,7 +292,7 @@ def test_running_average_is_a_frozen_copy() -> None:
     assert not ema.network.training
     assert not any(p.requires_grad for p in ema.network.parameters())
     before = copy.deepcopy(ema.network.state_dict())
-    optimizer(net).step(loss_of(net, 0))
+    step_of(optimizer(net), loss_of(net, 0))
     assert tiny.equal_states(before, ema.network.state_dict())
     assert net.training
     assert all(p.requires_grad for p in net.parameters())
@@ -219,33 +302,9 @@ def test_decay_zero_keeps_the_last_weights() -> None:
     net = network()
     ema = EMA(net, 0)
     for step in range(3):
-        optimizer(net).step(loss_of(net, step))
+        step_of(optimizer(net), loss_of(net, step))
         ema.update(net, step)
     assert tiny.equal_states(net.state_dict(), ema.network.state_dict())
-
-
-# Random numbers
-
-
-def numbers(seed: int, step: int) -> torch.Tensor:
-    seed_step(seed, step)
-    return torch.rand(4)
-
-
-def test_random_numbers_are_a_function_of_seed_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert torch.equal(numbers(1, 2), numbers(1, 2))
-    drawn = {tuple(numbers(seed, step).tolist()) for seed in range(4) for step in range(50)}
-    assert len(drawn) == 200
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-    others = {tuple(numbers(seed, step).tolist()) for seed in range(4) for step in range(50)}
-    assert len(drawn | others) == 400
-
-
-@pytest.mark.parametrize("seed", [2**31, 2**40, 2**62])
-def test_large_seeds(seed: int) -> None:
-    assert torch.equal(numbers(seed, 5), numbers(seed, 5))
-    assert not torch.equal(numbers(seed, 5), numbers(seed, 6))
-    assert not torch.equal(numbers(seed, 5), numbers(seed + 1, 5))
 
 
 # What is told

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm3d.networks import build_autoencoder, build_unet
+from ldm3d.randomness import StepRandom
 from ldm3d.schema import Config
 from ldm3d.weights import AutoencoderCard, DiffusionCard
 
@@ -95,6 +96,11 @@ def images(count: int, side: int = 16, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 1, 4, 4, 4, generator=generator)
     return nn.functional.interpolate(coarse, size=(side,) * 3, mode="trilinear").clamp(0, 1)
+
+
+def random(step: int = 0, count: int = 2, seed: int = 0) -> StepRandom:
+    """What a training step of so many volumes draws."""
+    return StepRandom(seed, step, count, CPU)
 
 
 class Volumes(Dataset):
