@@ -66,10 +66,8 @@ def test_killed_whenever_and_resumed_is_the_same_as_undisturbed(
 ) -> None:
     """By the clock: what is going on then is another thing on each machine."""
     give_autoencoder(desk, trained, script)
-    codes = [
-        run(script, "--resume", "auto", *EVERY_STEP, faults=[("kill_after", 0.6 + 0.17 * n)]).code for n in range(4)
-    ]
-    assert set(codes) <= {-9, 0}
+    for seconds in (0.6, 0.9, 0.75, 1.1):
+        assert run(script, "--resume", "auto", *EVERY_STEP, faults=[("kill_after", seconds)]).code in (-9, 0)
     assert run(script, "--resume", "auto").code == 0
     require_same_training(desk, trained, script)
 
@@ -115,7 +113,8 @@ def cut(path: Path) -> None:
 
 def flip_a_bit_of_a_tensor(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    for place in range(1, 16):
+        content[place * len(content) // 16] ^= 1
     path.write_bytes(content)
 
 
@@ -135,7 +134,7 @@ def test_where_the_newest_state_is_damaged_the_one_before_is_used(
     assert done.code == 0, done.stderr
     (warning,) = re.findall("^warning: (.*)$", done.stderr, re.M)
     assert str(newest) in warning and warning.endswith("; the state before it is used")
-    assert f"resuming from {desk.model / names[1]}: epoch 2, step {2 * STEPS_PER_EPOCH}" in done.stderr
+    assert f"resuming from {desk.model / names[1]}: epoch 1, step {2 * STEPS_PER_EPOCH}" in done.stderr
     require_same_training(desk, trained, script)
 
 
