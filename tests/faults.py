@@ -76,6 +76,19 @@ def signal_after_call(name: str, target: str, number: int) -> None:
     _at_call(target, number, after=lambda: _signal(name))
 
 
+def die_at_step(step: int) -> None:
+    """This process, of several, is killed in the training step of this number."""
+    from ldm3d.autoencoder_stage import AutoencoderStage
+    from ldm3d.diffusion_stage import DiffusionStage
+
+    for stage in (AutoencoderStage, DiffusionStage):
+        _before(
+            stage,
+            "train_step",
+            lambda _, batch, random, *more: random.step == step and os.kill(os.getpid(), signal.SIGKILL),
+        )
+
+
 def kill_after(seconds: float) -> None:
     """Die so many seconds from now, wherever that may be."""
     timer = threading.Timer(seconds, lambda: _signal("SIGKILL"))
