@@ -12,7 +12,7 @@ import utils
 from ldm3d import distributed
 from ldm3d.autoencoder_stage import AutoencoderStage
 from ldm3d.checkpoint import load_state, save_state
-from ldm3d.console import log, progress
+from ldm3d.console import log
 from ldm3d.data import PatchDataset, Prepared, prepare_data, train_loader, validation_loader
 from ldm3d.montage import tensorboard_image
 from ldm3d.networks import count_parameters
@@ -67,7 +67,7 @@ def begin(stage: AutoencoderStage, data: Prepared, run: utils.Run, facts: dict[s
     if run.resume:
         state = load_state(run.last, fingerprint(run.cfg, facts))
         stage.load_state_dict(state["stage"])
-        run.tracker.first_step = state["step"] + 1
+        run.tracker.resume_at(state["step"] + 1)
         return Position(state["epoch"], state["step"], state["best"])
     if run.init_from:
         stage.start_from(run.init_from)
@@ -116,30 +116,16 @@ def fit(
         position.epoch += 1
         due = position.epoch % train.val_interval == 0 or position.epoch == train.max_epochs
         validation = judge(stage, loaders[1], run, position, facts) if due else {}
-        report(epoch_log, stage, run, position, validation)
+        epoch_log.report(validation, stage.optimizer.learning_rate)
         save_state(run.last, position.state(stage.state_dict(), marks))
-
-
-def report(
-    epoch_log: EpochLog, stage: AutoencoderStage, run: utils.Run, position: Position, validation: dict[str, float]
-) -> None:
-    if not epoch_log.volumes:  # stopped between an epoch's last step and its end, resumed here
-        return
-    averages = epoch_log.averages()
-    loss = sum(averages[name] for name in epoch_log.shares())
-    epoch_log.report(position.epoch, run.cfg.autoencoder_train.max_epochs, loss, validation)
-    rate = {"learning_rate": stage.optimizer.learning_rate}
-    run.tracker.scalars("train", averages | rate | {"loss": loss}, position.step)
-    run.tracker.scalars("share", epoch_log.shares(), position.step)
 
 
 def train_one_epoch(stage: AutoencoderStage, loader: Any, run: utils.Run, position: Position) -> EpochLog:
     """The rest of the epoch from `position.step` on; stops early, after a whole step, when it is asked to."""
-    epoch_log = EpochLog()
+    epoch_log = EpochLog(position, run.cfg.autoencoder_train.max_epochs, len(loader), run.device, run.tracker)
     adversarial = stage.has_discriminator and position.epoch >= run.cfg.autoencoder_train.adv_warm_up_epochs
-    start = position.step - position.epoch * len(loader)
-    loader.batch_sampler.set_epoch(position.epoch, start)
-    for batch in progress(loader, f"epoch {position.epoch + 1}", len(loader) - start, "step"):
+    loader.batch_sampler.set_epoch(position.epoch, epoch_log.first)
+    for batch in epoch_log.watch(loader):
         seed_step(run.cfg.seed, position.step)
         terms = stage.train_step(batch, position.step, adversarial)
         epoch_log.add(terms, len(batch["case"]) * distributed.world_size())

@@ -11,7 +11,7 @@ import torch
 import utils
 from ldm3d import distributed
 from ldm3d.checkpoint import load_state, save_state
-from ldm3d.console import log, progress
+from ldm3d.console import log
 from ldm3d.data import EpochSampler, PatchDataset, Prepared, cache_folder, prepare_data
 from ldm3d.diffusion_stage import DiffusionStage
 from ldm3d.files import sha256
@@ -95,7 +95,7 @@ def begin(stage: DiffusionStage, latents: Latents, run: utils.Run) -> Position:
     if run.resume:
         state = load_state(run.last, fingerprint(run.cfg, latents.facts))
         stage.load_state_dict(state["stage"])
-        run.tracker.first_step = state["step"] + 1
+        run.tracker.resume_at(state["step"] + 1)
         return Position(state["epoch"], state["step"], state["best"])
     if run.init_from:
         stage.start_from(run.init_from)
@@ -136,31 +136,21 @@ def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: uti
         validation = judge(stage, latents, run, position) if due else {}
         if train.sample_interval and position.epoch % train.sample_interval == 0:
             preview(stage, latents, run, position)
-        report(epoch_log, stage, run, position, validation)
+        epoch_log.report(validation, stage.optimizer.learning_rate)
         save_state(run.last, position.state(stage.state_dict(), marks))
-
-
-def report(
-    epoch_log: EpochLog, stage: DiffusionStage, run: utils.Run, position: Position, validation: dict[str, float]
-) -> None:
-    if not epoch_log.volumes:  # stopped between an epoch's last step and its end, resumed here
-        return
-    averages = epoch_log.averages()
-    epoch_log.report(position.epoch, run.cfg.diffusion_train.max_epochs, averages["loss"], validation)
-    run.tracker.scalars("train", averages | {"learning_rate": stage.optimizer.learning_rate}, position.step)
 
 
 def train_one_epoch(
     stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: utils.Run, position: Position
 ) -> EpochLog:
     """The rest of the epoch from `position.step` on; stops early, after a whole step, when it is asked to."""
-    epoch_log = EpochLog()
-    start = position.step - position.epoch * len(sampler)
-    sampler.set_epoch(position.epoch, start)
-    for keys in progress(sampler, f"epoch {position.epoch + 1}", len(sampler) - start, "step"):
+    epoch_log = EpochLog(position, run.cfg.diffusion_train.max_epochs, len(sampler), run.device, run.tracker)
+    sampler.set_epoch(position.epoch, epoch_log.first)
+    for keys in epoch_log.watch(sampler):
         seed_step(run.cfg.seed, position.step)
         indices = [visit % len(latents.train) for _, visit in keys]
-        batch = latents.train.sample(indices, run.device, run.cfg.diffusion_train.flip)
+        with epoch_log.waiting():
+            batch = latents.train.sample(indices, run.device, run.cfg.diffusion_train.flip)
         values = stage.train_step(batch, position.step, [latents.train.cases[i] for i in indices])
         epoch_log.add(values, len(indices) * distributed.world_size())
         position.step += 1

@@ -18,8 +18,9 @@ from ldm3d.checkpoint import LAST, require_state
 from ldm3d.config import load_config, load_environment
 from ldm3d.errors import ConfigError, UserError
 from ldm3d.files import require_writable
+from ldm3d.json_lines import use_json_lines
 from ldm3d.schema import Config, Environment
-from ldm3d.tracking import Tracker
+from ldm3d.tracking import Tracker, open_tracker
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -33,9 +34,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def script_parser(description: str) -> Parser:
-    """A parser with what every script offers: `--traceback`."""
+    """A parser with what every script offers."""
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    parser.add_argument("--log-json", action="store_true", help="every line on stderr is a JSON object")
     return parser
 
 
@@ -58,6 +60,7 @@ def training_parser(description: str) -> Parser:
     parser.add_argument("--init-from", type=Path, metavar="DIR", help="start with the published weights in DIR")
     parser.add_argument("--dry-run", action="store_true", help="check everything, make one step, write no weights")
     parser.add_argument("--seed", type=int, help="seed of everything random; the configuration's by default")
+    parser.add_argument("--profile", type=int, metavar="N", help="trace N steps, and show where their time went")
     return parser
 
 
@@ -106,7 +109,7 @@ def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage:
     require_writable(env.tfevent_path)
     with (
         distributed.process_group(cfg.ddp_backend, cfg.ddp_timeout_seconds) as device,
-        Tracker(env.tfevent_path / stage) as tracker,
+        open_tracker(cfg, env, stage, device, resume, args.dry_run, args.profile) as tracker,
     ):
         yield Run(cfg, env, device, tracker, last, resume, args.init_from)
 
@@ -130,6 +133,8 @@ def interrupts_noted(run: Run) -> Iterator[None]:
 def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -> None:
     """Run `main`; turn a `UserError` into one line and exit status 2, Ctrl-C into `after_interrupt` and 130."""
     keep_freed_memory()
+    if "--log-json" in sys.argv:
+        use_json_lines()
     try:
         main()
     except UserError as error:
