@@ -67,10 +67,17 @@ def use_json_lines() -> None:
     sys.stderr = lines
     sys.excepthook = _say_exception
     warnings.showwarning = _say_warning
-    known = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
-    for handler in {handler for logger in known for handler in logger.handlers}:
-        if isinstance(handler, logging.StreamHandler) and handler.stream is plain:
-            handler.setStream(lines)
+    logging.lastResort = _Records(logging.WARNING)
+    for logger in map(logging.getLogger, (None, *logging.root.manager.loggerDict)):
+        told = [h for h in logger.handlers if isinstance(h, logging.StreamHandler) and h.stream is plain]
+        logger.handlers = [_Records(h.level) if h in told else h for h in logger.handlers]
+
+
+class _Records(logging.Handler):
+    """What libraries log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _stderr().say(record.getMessage(), level=record.levelname.lower(), logger=record.name)
 
 
 def _say_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -25,11 +25,10 @@ ALIAS = "candidate"
 """Moves to each new version. Not MLflow's `champion`: losses on latents of two autoencoders do not compare, so that a
 version is best is for an evaluation or a person to say. `latest` is a word that MLflow keeps for itself."""
 
-# MLflow's own patience, minutes for each call, would stop the training; its telemetry is nobody's business here.
+# MLflow's own patience, minutes for each call, would stop the training.
 CLIENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 """Set where the environment does not say otherwise."""

@@ -93,10 +93,10 @@ class EpochLog:
                 yield batch
                 self.seconds = time.monotonic() - self.start
                 self.tracker.profiler.step(self.step)
+                bar.update()
                 if not bar.disable and time.monotonic() - looked > SECONDS_BETWEEN_LOOKS:
                     looked = time.monotonic()
-                    bar.set_postfix_str(self._figures(), refresh=False)
-                bar.update()
+                    bar.set_postfix_str(self._figures())
         finally:  # also where the loop over the batches is left
             self.seconds = time.monotonic() - self.start
             bar.close()
