@@ -15,7 +15,8 @@ ROOMS = """
     errors files distributed json_lines console definitions schema config
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
-    networks losses diffusion weights latents allocator training checkpoint mlflow_tracking profiling tracking progress sampling tutorial
+    networks losses diffusion weights latents allocator training checkpoint
+    mlflow_tracking profiling tracking progress sampling tutorial
     montage features metrics report interior copies
     autoencoder_stage diffusion_stage
 """
