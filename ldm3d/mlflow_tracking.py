@@ -21,6 +21,8 @@ from ldm3d.weights import AUTOENCODER, DISCRIMINATOR, UNET
 # A model version is all that its use needs: what stage 2 publishes samples by itself.
 WEIGHTS = {"autoencoder": (AUTOENCODER, DISCRIMINATOR), "diffusion": (UNET, AUTOENCODER)}
 """Published files of each stage; the first one gives the version's digest and description."""
+NOTES = {"autoencoder": "autoencoder_mlflow_run.txt", "diffusion": "diffusion_mlflow_run.txt"}
+"""Where in `model_dir` each stage keeps its run's id."""
 ALIAS = "candidate"
 """Moves to each new version. Not MLflow's `champion`: losses on latents of two autoencoders do not compare, so that a
 version is best is for an evaluation or a person to say. `latest` is a word that MLflow keeps for itself."""
@@ -55,7 +57,7 @@ class MlflowRun:
     def __init__(self, client: Any, cfg: Config, model_dir: Path, stage: str):
         self.client, self.cfg, self.model_dir, self.stage = client, cfg, model_dir, stage
         self.uri, self.run_id = cfg.tracking.mlflow_uri, ""
-        self.note = model_dir / f"{stage}_mlflow_run.txt"
+        self.note = model_dir / NOTES[stage]
         self._unsent: list[Any] = []
         self._lost_pictures, self._next_attempt, self._away = 0, 0.0, False
 
@@ -78,7 +80,7 @@ class MlflowRun:
                     run._attempt(lambda: None)
             except Exception as problem:  # each kind of server and store raises its own
                 error = ConfigError(
-                    f"tracking.mlflow_uri {run.uri if run else None}: no run can be begun there "
+                    f"tracking.mlflow_uri {cfg.tracking.mlflow_uri}: no run can be begun there "
                     f"({_reason(problem)}); start the server, or go without: --set tracking.mlflow_uri=null"
                 )
         error = distributed.broadcast_object(error)

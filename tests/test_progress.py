@@ -233,6 +233,12 @@ def test_memory_of_a_gpu_is_that_of_its_tensors(monkeypatch: pytest.MonkeyPatch)
     assert peak_memory(torch.device("cuda", 1)) == {"peak_gib": 3.0}
 
 
+def test_memory_is_left_out_where_it_is_unknown(folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldm3d.progress.resource", None)
+    assert peak_memory(tiny.CPU) == {}
+    made(epoch_log(folder), clock, steps=4, seconds=1.0).report({}, 0.1)
+
+
 def test_position_is_stored_beside_the_stage() -> None:
     state = Position(3, 40, 0.5).state({"weights": 1}, {"seed": 2})
     assert state == {"epoch": 3, "step": 40, "best": 0.5, "stage": {"weights": 1}, "fingerprint": {"seed": 2}}
