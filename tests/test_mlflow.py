@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         wait_for(f"http://127.0.0.1:{port}/health", process, folder / "log")
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, 15)
+        os.killpg(process.pid, signal.SIGKILL)  # nothing of it is to be kept, and it takes its time to stop
         process.wait(30)
 
 
@@ -164,7 +165,8 @@ def test_a_training_stands_on_the_server(
     version = client.get_model_version_by_alias(f"brains-{stage}", ALIAS)
     assert version.run_id == run_id
     mlflow.set_tracking_uri(server)
-    folder = Path(mlflow.artifacts.download_artifacts(f"models:/brains-{stage}@{ALIAS}", dst_path=str(tmp_path)))
+    folder = tmp_path / "downloaded"
+    mlflow.artifacts.download_artifacts(f"models:/brains-{stage}@{ALIAS}", dst_path=str(folder))
     assert {path.name for path in folder.iterdir()} == {f"{name}.safetensors" for name in files}
     for path in folder.iterdir():
         assert path.read_bytes() == (desk.model / path.name).read_bytes()

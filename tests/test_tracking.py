@@ -1,7 +1,9 @@
 """ldm3d.tracking: TensorBoard's events by step and by volumes, what a resumed run hides, who writes."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm3d import distributed
+from ldm3d.config import load_config
 from ldm3d.errors import ConfigError, OutputError
 from ldm3d.profiling import StepProfiler
 from ldm3d.schema import Environment
@@ -106,6 +109,35 @@ def test_a_stage_counts_the_volumes_of_its_own_batches(
     batch_size = {"autoencoder": 3, "diffusion": 5}[stage]
     by_volumes = environment.tfevent_path / stage / "by_volumes"
     assert scalars(by_volumes, "by_volumes/train_loss") == [(2 * batch_size * 4, 0.5)]
+
+
+def test_mlflow_that_is_not_installed_is_said(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    cfg = tiny.config(tracking={"mlflow_uri": "http://127.0.0.1:5000"})
+    with pytest.raises(ConfigError, match="not installed: pip install mlflow"):
+        open_tracker(cfg, environment, "diffusion", tiny.CPU).__enter__()
+
+
+def test_a_password_in_the_address_is_refused() -> None:
+    config = Path(__file__).parents[1] / "config" / "config_demo.json"
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD"):
+        load_config(config, ["tracking.mlflow_uri=http://me:secret@server:5000/path"])
+    assert load_config(config, ["tracking.mlflow_uri=http://server:5000/@me"]).tracking.mlflow_uri
+
+
+def test_mlflow_gets_what_tensorboard_gets(tmp_path: Path) -> None:
+    told: list[Any] = []
+    mlflow = SimpleNamespace(
+        metrics=lambda series: told.append(series), image=lambda *given: told.append(given), close=told.append
+    )
+    picture = np.zeros((1, 3, 4), np.float32)
+    with pytest.raises(KeyboardInterrupt), tracker(tmp_path, volumes_per_step=6, mlflow=mlflow) as run:
+        run.scalars("train", {"loss": 0.5}, 3)
+        run.image("picture", picture, 3)
+        raise KeyboardInterrupt
+    assert told == [
+        *([({"train/loss": 0.5}, 3), ({"by_volumes/train_loss": 0.5}, 18)], ("picture", picture, 3), KeyboardInterrupt),
+    ]
 
 
 def test_a_dry_run_has_nothing_to_profile(environment: Environment) -> None:
