@@ -12,7 +12,7 @@ import torch
 import utils
 from ldm3d import distributed
 from ldm3d.autoencoder_stage import AutoencoderStage
-from ldm3d.console import log, progress
+from ldm3d.console import log
 from ldm3d.data import PatchDataset, Prepared, prepare_data, train_loader, validation_loader
 from ldm3d.montage import tensorboard_image
 from ldm3d.networks import count_parameters
@@ -116,30 +116,16 @@ def fit(stage: AutoencoderStage, loaders: tuple[Any, Any], run: Run, position: P
         due = (position.epoch + 1) % train.val_interval == 0 or last
         validation = judge(stage, loaders[1], run, position, facts) if due else {}
         position.epoch += 1
-        report(epoch_log, stage, run, position, validation)
+        epoch_log.report(validation, stage.optimizer.learning_rate)
     run.save(stage, position)
-
-
-def report(
-    epoch_log: EpochLog, stage: AutoencoderStage, run: Run, position: Position, validation: dict[str, float]
-) -> None:
-    if not epoch_log.volumes:  # stopped between an epoch's last step and its end, resumed here
-        return
-    averages = epoch_log.averages()
-    loss = sum(averages[name] for name in epoch_log.shares())
-    epoch_log.report(position.epoch, run.cfg.autoencoder_train.max_epochs, loss, validation)
-    rate = {"learning_rate": stage.optimizer.learning_rate}
-    run.tracker.scalars("train", averages | rate | {"loss": loss}, position.step)
-    run.tracker.scalars("share", epoch_log.shares(), position.step)
 
 
 def train_one_epoch(stage: AutoencoderStage, loader: Any, run: Run, position: Position) -> EpochLog:
     """The rest of the epoch from `position.step` on."""
-    epoch_log = EpochLog()
+    epoch_log = EpochLog(position, run.cfg.autoencoder_train.max_epochs, len(loader), run.device, run.tracker)
     adversarial = stage.has_discriminator and position.epoch >= run.cfg.autoencoder_train.adv_warm_up_epochs
-    start = position.step - position.epoch * len(loader)
-    loader.batch_sampler.set_epoch(position.epoch, start)
-    for batch in progress(loader, f"epoch {position.epoch + 1}", len(loader) - start, "step"):
+    loader.batch_sampler.set_epoch(position.epoch, epoch_log.first)
+    for batch in epoch_log.watch(loader):
         random = StepRandom(run.cfg.seed, position.step, len(batch["case"]), run.device)
         with kept_for_replay(run.env.model_dir, stage, batch, random, adversarial):
             terms = stage.train_step(batch, random, adversarial)

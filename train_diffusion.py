@@ -10,7 +10,7 @@ import torch
 
 import utils
 from ldm3d import distributed
-from ldm3d.console import log, progress
+from ldm3d.console import log
 from ldm3d.data import EpochSampler, Key, PatchDataset, Prepared, cache_folder, prepare_data
 from ldm3d.diffusion_stage import Batch, DiffusionStage
 from ldm3d.files import sha256
@@ -134,29 +134,19 @@ def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: Run
         if train.sample_interval and epoch % train.sample_interval == 0:
             preview(stage, latents, run, position)
         position.epoch = epoch
-        report(epoch_log, stage, run, position, validation)
+        epoch_log.report(validation, stage.optimizer.learning_rate)
     run.save(stage, position)
-
-
-def report(
-    epoch_log: EpochLog, stage: DiffusionStage, run: Run, position: Position, validation: dict[str, float]
-) -> None:
-    if not epoch_log.volumes:  # stopped between an epoch's last step and its end, resumed here
-        return
-    averages = epoch_log.averages()
-    epoch_log.report(position.epoch, run.cfg.diffusion_train.max_epochs, averages["loss"], validation)
-    run.tracker.scalars("train", averages | {"learning_rate": stage.optimizer.learning_rate}, position.step)
 
 
 def train_one_epoch(
     stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: Run, position: Position
 ) -> EpochLog:
     """The rest of the epoch from `position.step` on."""
-    epoch_log = EpochLog()
-    start = position.step - position.epoch * len(sampler)
-    sampler.set_epoch(position.epoch, start)
-    for keys in progress(sampler, f"epoch {position.epoch + 1}", len(sampler) - start, "step"):
-        batch, random = drawn(latents, keys, position.step, run)
+    epoch_log = EpochLog(position, run.cfg.diffusion_train.max_epochs, len(sampler), run.device, run.tracker)
+    sampler.set_epoch(position.epoch, epoch_log.first)
+    for keys in epoch_log.watch(sampler):
+        with epoch_log.waiting():
+            batch, random = drawn(latents, keys, position.step, run)
         with kept_for_replay(run.env.model_dir, stage, batch, random):
             values = stage.train_step(batch, random)
         epoch_log.add(values, len(keys) * distributed.world_size())

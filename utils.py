@@ -1,6 +1,7 @@
 """What the scripts share and nothing else: arguments, run set-up and tear-down, errors as one line."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +15,12 @@ from ldm3d.checkpoint import LAST, Checkpoints
 from ldm3d.config import load_config, load_environment
 from ldm3d.errors import UserError
 from ldm3d.files import require_writable
+from ldm3d.json_lines import use_json_lines
 from ldm3d.run import Run, how_to_start
 from ldm3d.schema import Config, Environment
-from ldm3d.tracking import Tracker
+from ldm3d.tracking import open_tracker
 
-EXIT_USER_ERROR = 2
+EXIT_LOST, EXIT_USER_ERROR = 1, 2
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,9 +32,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def script_parser(description: str) -> Parser:
-    """A parser with what every script offers: `--traceback`."""
+    """A parser with what every script offers."""
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    parser.add_argument("--log-json", action="store_true", help="every line on stderr is a JSON object")
     return parser
 
 
@@ -63,6 +66,7 @@ def training_parser(description: str) -> Parser:
     parser.add_argument("--dry-run", action="store_true", help="check everything, make one step, write no weights")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="make a step again that met NaN, and say where")
     parser.add_argument("--seed", type=int, help="seed of everything random; the configuration's by default")
+    parser.add_argument("--profile", type=int, metavar="N", help="trace N steps, and show where their time went")
     return parser
 
 
@@ -91,7 +95,7 @@ def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage:
     require_writable(env.tfevent_path)
     with (
         distributed.process_group(cfg.ddp_backend, cfg.ddp_timeout_seconds) as device,
-        Tracker(env.tfevent_path / stage) as tracker,
+        open_tracker(cfg, env, stage, device, resume, not writes, args.profile) as tracker,
     ):
         yield Run(cfg, env, device, tracker, checkpoints, resume, None if resume else args.init_from)
 
@@ -99,6 +103,8 @@ def training_run(cfg: Config, env: Environment, args: argparse.Namespace, stage:
 def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -> None:
     """Run `main`; a `UserError` becomes one line and exit status 2, an interrupt `after_interrupt` and 128 + signal."""
     keep_freed_memory()
+    if "--log-json" in sys.argv:
+        use_json_lines()
     try:
         main()
     except UserError as error:
@@ -107,6 +113,15 @@ def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -
         if distributed.is_main() or error.met_by_one:
             print(f"error: {error.one_line()}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
+    except RuntimeError as error:
+        if "--traceback" in sys.argv or not distributed.lost(error):
+            raise
+        rank = os.environ["RANK"]
+        print(
+            f"error: rank {rank}: another process has ended or does not answer; {str(error).splitlines()[0]}",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_LOST) from None
     except KeyboardInterrupt as stop:
         if distributed.is_main():
             print(after_interrupt, file=sys.stderr)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ldm3d.errors import ConfigError
+from ldm3d.rendezvous import meeting_place
 
 
 def restarted() -> bool:
@@ -92,10 +93,19 @@ def process_group(backend: str | None, timeout_seconds: float) -> Iterator[torch
     if device.type == "cuda" and backend != "gloo":
         # Tensors on the CPU go by gloo: to agree on when to stop, the processes need not wait for their devices.
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend or "gloo", timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    store, this_rank, processes = meeting_place(timeout)
+    dist.init_process_group(backend or "gloo", store=store, rank=this_rank, world_size=processes, timeout=timeout)
     yield device
     # Only at a good end: after an error the others may be waiting for this process, and leaving would wait for them.
     dist.destroy_process_group()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another process has ended, which then has said why."""
+    if not (launched_by_torchrun() and isinstance(error, RuntimeError)):
+        return False
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo/transport", "NCCL"))
 
 
 def barrier() -> None:

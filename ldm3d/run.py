@@ -56,7 +56,7 @@ class Run:
         stage.load_state_dict(state["stage"])
         # What is at an epoch's last step and has not counted it will make, and log, its validation again.
         told = state["step"] == state["epoch"] * steps_per_epoch
-        self.tracker.first_step = state["step"] + told
+        self.tracker.resume_at(state["step"] + told)
         return Position(state["epoch"], state["step"], state["best"])
 
     def pause(self, stage: Any, position: Position) -> None:

@@ -7,7 +7,7 @@ MONAI tutorial `generation/3d_ldm`. The networks' own keys are in `ldm3d.definit
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ldm3d.definitions import (
     AutoencoderDef,
@@ -154,6 +154,28 @@ class SamplingConfig(Strict):
     """Volumes sampled at once; changes speed and memory, never the result."""
 
 
+class TrackingConfig(Strict):
+    """Where a training's values, pictures and weights go besides TensorBoard."""
+
+    mlflow_uri: str | None = None
+    """Address of an MLflow server, as http://127.0.0.1:5000; needs the package mlflow. Null uses none."""
+    mlflow_experiment: str = "ldm3d"
+    """Experiment that gets the runs; made where it is missing."""
+    mlflow_model: str | None = "ldm3d"
+    """Model that published weights become a version of, at a training's end: this name with `-autoencoder` or
+    `-diffusion`. Null registers none."""
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri and "@" in uri.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "must not hold a name or password, which would be stored with each run; set them as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            )
+        return uri
+
+
 class Config(Strict):
     """A training configuration, the file behind `-c`."""
 
@@ -183,6 +205,8 @@ class Config(Strict):
     """Stage 3."""
     data: DataConfig = DataConfig()
     """The data set."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random in training."""
     amp: bool = True

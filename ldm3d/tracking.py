@@ -1,27 +1,33 @@
-"""TensorBoard, written from rank 0 only."""
+"""What a training leaves for its curves and pictures: TensorBoard's event files and, if asked for, MLflow's server."""
 
 import os
 import socket
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from ldm3d import distributed
-from ldm3d.errors import OutputError
+from ldm3d.errors import ConfigError, OutputError
+from ldm3d.mlflow_tracking import MlflowRun
+from ldm3d.profiling import StepProfiler
+from ldm3d.schema import Config, Environment, Optimization
 
 EVENT_VERSION = "brain.Event:2"
+BY_VOLUMES = "by_volumes"
+"""A run of its own in TensorBoard, whose axis counts volumes: the steps of two batch sizes do not compare."""
 
 
-class Tracker:
-    """Scalars and pictures of one run, in a file that is made when there is something to write.
+class EventFile:
+    """TensorBoard's events of one run, in a file that is made when there is something to write.
 
     Every event is in the file when the call returns: what a killed run has said is not lost, and a full disk is an
     error of the call. (torch's `SummaryWriter` writes from a thread, which keeps events for minutes and dies with a
@@ -38,20 +44,8 @@ class Tracker:
         self.folder, self.first_step = folder, 0
         self._file: BinaryIO | None = None
 
-    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._add(summary.scalar(f"{group}/{name}", value), step)
-
-    def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        """`picture` is (1, H, W) in [0, 1]."""
-        self._add(summary.image(name, picture, dataformats="CHW"), step)
-
-    def text(self, name: str, text: str) -> None:
-        self._add(summary.text(name, text))
-
-    def _add(self, content: Any, step: int = 0) -> None:
-        if not distributed.is_main():
-            return
+    def add(self, content: Any, step: int = 0) -> None:
+        """Write one summary. Raises `OutputError` where that cannot be."""
         try:
             if self._file is None:
                 self._file = self._opened()
@@ -75,10 +69,90 @@ class Tracker:
         RecordWriter(self._file).write(event.SerializeToString())
         self._file.flush()
 
-    def __enter__(self) -> "Tracker":
-        return self
-
-    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def close(self) -> None:
         if self._file:
             with suppress(OSError):  # already reported, by the call that could not write
                 self._file.close()
+
+
+class Tracker:
+    """Scalars, pictures and texts of one run, written by rank 0.
+
+    Args:
+        folder: of TensorBoard's event files; scalars by volumes seen go to the run `by_volumes` in it.
+        volumes_per_step: on all processes together.
+        profiler: of the training's steps.
+        mlflow: gets the same, if given.
+    """
+
+    def __init__(self, folder: Path, volumes_per_step: int, profiler: StepProfiler, mlflow: MlflowRun | None = None):
+        self.volumes_per_step, self.profiler, self.mlflow = volumes_per_step, profiler, mlflow
+        self._by_step, self._by_volumes = EventFile(folder), EventFile(folder / BY_VOLUMES)
+
+    def resume_at(self, step: int) -> None:
+        """The next step has this number; what was written of it and later ones before is hidden."""
+        self._by_step.first_step = step
+        # Not `step * volumes_per_step`: a scalar's volumes are those of the steps before it, of which one is new.
+        self._by_volumes.first_step = (step - 1) * self.volumes_per_step + 1
+
+    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        if not distributed.is_main():
+            return
+        volumes = step * self.volumes_per_step
+        for name, value in values.items():
+            self._by_step.add(summary.scalar(f"{group}/{name}", value), step)
+            # Names of their own: TensorBoard would draw two axes into one chart.
+            self._by_volumes.add(summary.scalar(f"{BY_VOLUMES}/{group}_{name}", value), volumes)
+        if self.mlflow:
+            by_step = {f"{group}/{name}": value for name, value in values.items()}
+            by_volumes = {f"{BY_VOLUMES}/{group}_{name}": value for name, value in values.items()}
+            self.mlflow.metrics([(by_step, step), (by_volumes, volumes)])
+
+    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+        """`picture` is (1, H, W) in [0, 1]."""
+        if distributed.is_main():
+            self._by_step.add(summary.image(name, picture, dataformats="CHW"), step)
+            if self.mlflow:
+                self.mlflow.image(name, picture, step)
+
+    def text(self, name: str, text: str) -> None:
+        if distributed.is_main():
+            self._by_step.add(summary.text(name, text))
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: BaseException | TracebackType | None) -> None:
+        self._by_step.close()
+        self._by_volumes.close()
+        if self.mlflow:
+            self.mlflow.close(kind)
+
+
+@contextmanager
+def open_tracker(
+    cfg: Config,
+    env: Environment,
+    stage: str,
+    device: torch.device,
+    resume: bool = False,
+    dry_run: bool = False,
+    profile: int | None = None,
+) -> Iterator[Tracker]:
+    """The tracker of a training stage, with MLflow where `tracking.mlflow_uri` says so; at the end weights go there.
+
+    Raises:
+        ConfigError: MLflow is not installed, a new run cannot be begun on its server, or there are no steps to profile.
+    """
+    if dry_run and profile is not None:
+        raise ConfigError("--profile excludes --dry-run and --replay, which make one step only")
+    folder = env.tfevent_path / stage
+    profiler = StepProfiler(profile, folder / "profile", device)
+    train: Optimization = cfg.autoencoder_train if stage == "autoencoder" else cfg.diffusion_train
+    mlflow = MlflowRun.begin(cfg, env.model_dir, stage, resume, dry_run) if cfg.tracking.mlflow_uri else None
+    with Tracker(
+        folder, train.batch_size * train.accumulate_steps * distributed.world_size(), profiler, mlflow
+    ) as tracker:
+        yield tracker
+        if mlflow:
+            mlflow.publish()

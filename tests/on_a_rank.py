@@ -1,7 +1,7 @@
 """Run a script with faults on some of its processes: `on_a_rank.py '{"1": [["die_at_step", 3]]}' SCRIPT ARGUMENTS`.
 
-torchrun starts it in the script's place. The faults, functions of `faults.py`, are met in the first start only, not after
-an elastic restart.
+torchrun starts it in the script's place. The faults, functions of `faults.py`, are met in the first start only, not
+after an elastic restart.
 """
 
 import json

@@ -248,7 +248,7 @@ def test_readme_shows_by_hand_what_make_does(target: str) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_of_a_script_stands_in_its_section(script: str) -> None:
     named = set(spans(section(README.read_text(), f"`{script}`")))
-    everywhere = {"--traceback"}  # said once, of all scripts
+    everywhere = {"--traceback", "--log-json"}  # said once, of all scripts
     assert options_of(script) - everywhere <= named
     assert everywhere <= set(spans(README.read_text()))
 
@@ -262,7 +262,7 @@ def test_options_that_are_named_exist(document: Path) -> None:
 
 def test_option_tables_name_options_of_their_scripts_only() -> None:
     for heading in re.findall(r"^### (.*`\w+\.py`.*)$", README.read_text(), re.MULTILINE):
-        known = set().union(*(options_of(script) for script in spans(heading)), {"--traceback"})
+        known = set().union(*(options_of(script) for script in spans(heading)), {"--traceback", "--log-json"})
         named = {span for span in first_column(section(README.read_text(), heading)) if span.startswith("-")}
         assert named <= known, heading
 

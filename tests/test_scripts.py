@@ -120,20 +120,29 @@ def test_weights_describe_themselves(trained: Desk) -> None:
 def test_tensorboard_shows_what_is_promised(trained: Desk) -> None:
     one, two = events(trained.runs / "autoencoder"), events(trained.runs / "diffusion")
     terms = ("reconstruction", "kl", "adversarial")
+    performance = {f"performance/{name}" for name in ("volumes_per_second", "data_wait_share", "peak_gib")}
     assert set(one.Tags()["scalars"]) == {
         *(f"{group}/{term}" for group in ("train", "share") for term in terms),
         *("train/loss", "train/discriminator", "train/gradient_norm", "train/learning_rate"),
         *("validation/l1", "validation/psnr_db", "validation/ssim"),
+        *performance,
     }
     assert set(two.Tags()["scalars"]) == {
         *("train/loss", "train/gradient_norm", "train/learning_rate", "validation/loss"),
         *(f"validation/level_{level}" for level in range(1, 9)),
+        *performance,
     }
     every_epoch = [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
     for found in (one, two):
         assert [event.step for event in found.Scalars("train/loss")] == every_epoch
         assert [event.value for event in found.Scalars("train/learning_rate")] == pytest.approx([1e-3] * EPOCHS)
         assert '"max_epochs": 4' in str(found.Tensors("config/text_summary")[0].tensor_proto.string_val)
+    for stage, found in (("autoencoder", one), ("diffusion", two)):
+        by_volumes = events(trained.runs / stage / "by_volumes")
+        names = {f"by_volumes/{name.replace('/', '_')}" for name in found.Tags()["scalars"]}
+        assert set(by_volumes.Tags()["scalars"]) == names
+        seen = [event.step for event in by_volumes.Scalars("by_volumes/train_loss")]
+        assert seen == [CONFIG[f"{stage}_train"]["batch_size"] * step for step in every_epoch]
     shares = [sum(one.Scalars(f"share/{term}")[-1].value for term in terms)]
     assert shares == pytest.approx([1])
     assert [event.step for event in one.Images("validation/reconstruction")] == every_epoch

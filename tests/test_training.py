@@ -1,23 +1,18 @@
-"""ldm3d.training and what is told of it: steps, rates, averages, random numbers, progress, events."""
+"""ldm3d.training: steps, rates, averages, random numbers."""
 
 import copy
 import math
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from ldm3d import distributed
-from ldm3d.errors import NonFiniteLoss, OutputError
-from ldm3d.progress import EpochLog, Position, rounded
+from ldm3d.errors import NonFiniteLoss
 from ldm3d.schema import AutoencoderTrain, Optimization
-from ldm3d.tracking import Tracker
 from ldm3d.training import (
     EMA,
     Optimizer,
@@ -305,97 +300,3 @@ def test_decay_zero_keeps_the_last_weights() -> None:
         step_of(optimizer(net), loss_of(net, step))
         ema.update(net, step)
     assert tiny.equal_states(net.state_dict(), ema.network.state_dict())
-
-
-# What is told
-
-
-def test_epoch_log_averages_and_shares() -> None:
-    log = EpochLog()
-    log.add({"l1": torch.tensor(1.0), "kl": torch.tensor(0.5), "gradient_norm": torch.tensor(9.0)}, volumes=2)
-    log.add({"l1": torch.tensor(2.0), "kl": torch.tensor(-1.5), "discriminator": torch.tensor(7.0)}, volumes=3)
-    assert log.volumes == 5
-    # A term that only some steps have is averaged over these.
-    assert log.averages() == {"l1": 1.5, "kl": -0.5, "gradient_norm": 9, "discriminator": 7}
-    assert log.shares() == {"l1": 0.75, "kl": 0.25}
-
-
-def test_epoch_line(capsys: pytest.CaptureFixture[str]) -> None:
-    log = EpochLog()
-    log.add({"l1": torch.tensor(3.0), "kl": torch.tensor(1.0)}, volumes=2)
-    log.report(2, 5, 4.0, {"loss": 0.25, "level_1": 1.0})
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("epoch 2/5: loss 4.0000 (l1 75%, kl 25%); validation loss 0.25; ")
-    assert line.endswith(" left")
-    assert "level_1" not in line
-    assert rounded({"a": torch.tensor(1.23456), "b": 2.0}) == "a 1.235, b 2"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"), [(5.4, "5 s"), (89, "89 s"), (100, "2 min"), (3000, "50 min"), (3725, "1 h 2 min")]
-)
-def test_time_left(
-    seconds: float, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = EpochLog()
-    monkeypatch.setattr("time.monotonic", lambda: log.start + seconds)
-    log.report(1, 2, 0.0, {})
-    assert capsys.readouterr().err.endswith(f" {shown} left\n")
-
-
-def test_position_is_stored_beside_the_stage() -> None:
-    state = Position(3, 40, 0.5).state({"weights": 1}, {"seed": 2})
-    assert state == {"epoch": 3, "step": 40, "best": 0.5, "stage": {"weights": 1}, "fingerprint": {"seed": 2}}
-    assert Position().best == math.inf
-
-
-def events(folder: Path) -> EventAccumulator:
-    return EventAccumulator(str(folder)).Reload()
-
-
-def test_events_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
-    with Tracker(tmp_path / "run") as tracker:
-        assert not (tmp_path / "run").exists()  # nothing to say, nothing written
-        tracker.scalars("train", {"loss": 0.5, "kl": 0.25}, 3)
-        tracker.text("config", "{}")
-        read = events(tmp_path / "run")
-        assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(3, 0.5)]
-        assert [(e.step, e.value) for e in read.Scalars("train/kl")] == [(3, 0.25)]
-        tracker.image("picture", np.linspace(0, 1, 12, dtype=np.float32).reshape(1, 3, 4), 4)
-    (image,) = events(tmp_path / "run").Images("picture")
-    assert (image.step, image.height, image.width) == (4, 3, 4)
-
-
-def test_a_resumed_run_hides_what_it_does_again(tmp_path: Path) -> None:
-    with Tracker(tmp_path) as tracker:
-        for step in range(6):
-            tracker.scalars("train", {"loss": float(step)}, step)
-    with Tracker(tmp_path) as tracker:
-        tracker.first_step = 4
-        tracker.scalars("train", {"loss": 10.0}, 4)
-    scalars = EventAccumulator(str(tmp_path), purge_orphaned_data=True).Reload().Scalars("train/loss")
-    assert [(e.step, e.value) for e in scalars] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 10)]
-
-
-def test_other_ranks_write_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "is_main", lambda: False)
-    with Tracker(tmp_path / "run") as tracker:
-        tracker.scalars("train", {"loss": 1.0}, 0)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_an_error_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Tracker(tmp_path) as tracker:
-        tracker.scalars("train", {"loss": 1.0}, 0)
-        assert tracker._file is not None
-        with open("/dev/full", "wb", buffering=0) as full:
-            monkeypatch.setattr(tracker, "_file", full)
-            with pytest.raises(OutputError, match="events cannot be written: No space left on device"):
-                tracker.scalars("train", {"loss": 2.0}, 1)
-
-
-def test_a_folder_for_events_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with Tracker(tmp_path / "file" / "run") as tracker, pytest.raises(OutputError, match="events cannot be written"):
-        tracker.scalars("train", {"loss": 1.0}, 0)

@@ -1,0 +1,60 @@
+"""Where the processes of a run meet, also after torchrun has started them again."""
+
+import os
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ldm3d.errors import ConfigError
+
+SECONDS_BETWEEN_LOOKS = 0.02
+
+
+def meeting_place(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store through which the processes find each other, this one's rank, and their number.
+
+    torchrun keeps one store for all restarts. What processes that have died wrote there, their addresses, would be read
+    by the new ones, which then wait for the dead (seen with torch 2.13 in two of three restarts). So the processes that
+    are alive agree on a name of their own in it.
+
+    Raises:
+        ConfigError: not all processes came within `timeout`.
+    """
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            store = dist.PrefixStore(agree_on_name(store, rank, world, timeout), store)
+        except dist.DistStoreError as error:
+            raise ConfigError(f"not all {world} processes came within {timeout.total_seconds():g} s") from error
+    return store, rank, world
+
+
+def agree_on_name(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
+    """A name that the processes alive share, and that no dead one has used.
+
+    Each process says hello with a number that only it has; rank 0 answers to that number, until all have heard it. What
+    a dead process has said is answered, too, but nobody hears that.
+    """
+    me = uuid.uuid4().hex
+    store.set(f"hello/{rank}", me)
+    if rank == 0:
+        store.set(f"name/{me}", me)
+        _answer(store, me, set(range(1, world)), time.monotonic() + timeout.total_seconds())
+    store.wait([f"name/{me}"], timeout)
+    name = store.get(f"name/{me}").decode()
+    store.set(f"heard/{name}/{rank}", "yes")
+    return name
+
+
+def _answer(store: dist.Store, name: str, missing: set[int], deadline: float) -> None:
+    while missing:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"ranks {sorted(missing)} are missing")
+        for rank in sorted(missing):
+            if store.check([f"heard/{name}/{rank}"]):
+                missing.remove(rank)
+            elif store.check([f"hello/{rank}"]):
+                store.set(f"name/{store.get(f'hello/{rank}').decode()}", name)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
