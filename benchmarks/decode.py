@@ -136,14 +136,13 @@ def highest_memory(device: torch.device) -> int:
 
 def show(rows: list[dict[str, Any]], shape: list[int], device: str) -> None:
     print(f"decoding {'x'.join(map(str, shape))} on {device}")
-    print(
-        f"{'':20}{'slabs':>6}{'s':>8}{'ratio':>7}{'CPU s':>8}{'ratio':>7}{'GiB':>7}{'of it':>7}{'predicted':>10}  difference"
-    )
+    heads = ("slabs", "s", "ratio", "CPU s", "ratio", "GiB", "of it", "predicted")
+    print(" " * 20 + "".join(f"{head:>10}" for head in heads) + "  difference")
     for row in rows:
         print(
-            f"{row['way']:20}{row['slabs']:6.0f}{row['seconds']:8.1f}{row['time_ratio']:7.2f}{row['cpu_seconds']:8.1f}"
-            f"{row['cpu_time_ratio']:7.2f}{row['peak_gib']:7.2f}{row['of_decoding_gib']:7.2f}"
-            f"{row['predicted_gib']:10.2f}  {row['greatest_difference']:.1e}"
+            f"{row['way']:20}{row['slabs']:10.0f}{row['seconds']:10.1f}{row['time_ratio']:10.2f}"
+            f"{row['cpu_seconds']:10.1f}{row['cpu_time_ratio']:10.2f}{row['peak_gib']:10.2f}"
+            f"{row['of_decoding_gib']:10.2f}{row['predicted_gib']:10.2f}  {row['greatest_difference']:.1e}"
         )
 
 

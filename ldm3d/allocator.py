@@ -53,7 +53,7 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that `device` can still give: of a GPU, or of the machine within the container's limit; None if unknown."""
+    """What `device` can still give; of the machine's memory within the container's limit. None if that is unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -5,7 +5,7 @@ top of what is there before: the weights, and on a CPU Python and torch.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from monai.inferers import sliding_window_inference
@@ -18,8 +18,8 @@ from ldm3d.errors import ConfigError
 from ldm3d.slabs import Keep, PiecewiseDecoder
 
 GIB = 2**30
-# Thicker slabs gain no more speed; thinner ones fall into torch's slow convolution on a CPU.
-SLAB_BYTES = tuple(2**20 * n for n in (256, 128, 64, 32, 16))
+# Thinner slabs would save little memory, as whole volumes need most, and fall into torch's slow convolution on a CPU.
+SLAB_BYTES = tuple(2**20 * n for n in (256, 128, 64))
 # What predictions leave out: fragments between tensors, small ones, libraries' own buffers.
 RESERVE = 1.1
 # Of a window, in voxels of the latent: below, group normalisation sees too little of the image.
@@ -42,7 +42,7 @@ class Plan:
     peak: int
     slab_bytes: int = 0
     slabs: int = 0
-    keep: Keep = Keep()
+    keep: Keep = field(default_factory=Keep)
     window: int = 0
 
     @property

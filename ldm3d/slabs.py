@@ -10,7 +10,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Moments:
         variance = (variances + (means - mean) ** 2).mean(2, keepdim=True)
         scale = norm.weight.unflatten(0, groups) / (variance + norm.eps).sqrt()
         shift = norm.bias.unflatten(0, groups) - mean * scale
-        return tuple(m.flatten(1).float()[:, :, None, None, None] for m in (scale, shift))  # type: ignore[return-value]
+        return tuple(m.flatten(1).float()[:, :, None, None, None] for m in (scale, shift))
 
 
 class Volume:
@@ -215,7 +215,7 @@ class PiecewiseDecoder(nn.Module):
         """Planes of `source` that are read together, but for their neighbours."""
         count = num_slabs(source.planes, convolution.plane_bytes(source.slabs[0][1][0]), self.slab_bytes)
         edges = [round(source.planes * i / count) for i in range(count + 1)]
-        return zip(edges, edges[1:], strict=False)
+        return pairwise(edges)
 
 
 def num_slabs(planes: int, plane_bytes: int, slab_bytes: int) -> int:
