@@ -73,7 +73,7 @@ def main() -> None:
     spread = images[0].std().item()
     show(rows, args.shape, device)
     if args.output:
-        settings = {"config": str(args.config), "shape": args.shape, "device": device, "rounds": args.rounds}
+        settings = {"config": args.config.name, "shape": args.shape, "device": device, "rounds": args.rounds}
         write_result(args.output, settings | {"standard_deviation_of_image": spread, "ways": rows})
 
 
