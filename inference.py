@@ -97,7 +97,7 @@ def load_sampler(cfg: Config, env: Environment, scale_factor: float | None, devi
     published = (env.model_dir / AUTOENCODER).is_file() or (env.model_dir / UNET).is_file()
     if not published and has_tutorial_weights(env.model_dir):
         return load_tutorial_sampler(cfg, env, scale_factor, device)
-    sampler = Sampler.from_folder(env.model_dir, device, cfg.amp)
+    sampler = Sampler.from_folder(env.model_dir, device, cfg.amp, cfg.sampling.decode_gib)
     _, card = read_weights(env.model_dir / AUTOENCODER, AutoencoderCard)
     check_definition(env.model_dir / AUTOENCODER, card.definition, cfg.autoencoder_def, "autoencoder_def")
     check_definition(env.model_dir / UNET, sampler.card.definition, cfg.diffusion_def, "diffusion_def")
@@ -162,6 +162,8 @@ def write(
         # On a CPU another number of threads adds in another order, which shows in the last digit.
         "threads": torch.get_num_threads(),
         "precision": str(sampler.precision.dtype) if sampler.precision.enabled else "torch.float32",
+        # In pieces or windows an image is another one in the last digits, or more.
+        "decoding": str(sampler.decoding),
         "code_version": __version__,
         "torch_version": torch.__version__,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

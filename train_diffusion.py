@@ -180,7 +180,15 @@ def preview(stage: DiffusionStage, latents: Latents, run: Run, position: Positio
     if not distributed.is_main():
         return
     card = stage.card({**latents.facts, "step": position.step}, {})
-    sampler = Sampler(latents.autoencoder, stage.ema.network, stage.statistics, card, run.device, cfg.amp)
+    sampler = Sampler(
+        latents.autoencoder,
+        stage.ema.network,
+        stage.statistics,
+        card,
+        run.device,
+        cfg.amp,
+        decode_gib=cfg.sampling.decode_gib,
+    )
     volumes: torch.Tensor = sampler.sample(
         PREVIEW_SEED, range(PREVIEW_VOLUMES), cfg.sampling.scheduler, cfg.sampling.steps
     )

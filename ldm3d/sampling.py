@@ -14,6 +14,8 @@ import torch
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
+from ldm3d.console import log
+from ldm3d.decoding import GIB, Plan, choose_plan, decode
 from ldm3d.diffusion import choose_sampler, sample_latent
 from ldm3d.errors import ConfigError, WeightsError
 from ldm3d.files import sha256
@@ -35,6 +37,7 @@ class Sampler:
         device: where to compute.
         amp: mixed precision where the device has it.
         digests: of the weights' files, for provenance.
+        decode_gib: memory for decoding; None for what is free.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Sampler:
         device: torch.device,
         amp: bool = True,
         digests: dict[str, str] | None = None,
+        decode_gib: float | None = None,
     ):
         self.autoencoder = autoencoder.to(device).eval()
         self.unet = unet.to(device).eval()
@@ -54,9 +58,13 @@ class Sampler:
         self.device = device
         self.precision = Precision(amp, device)
         self.digests = digests or {}
+        self.decode_bytes = None if decode_gib is None else int(decode_gib * GIB)
+        self.decoding: Plan | None = None
 
     @classmethod
-    def from_folder(cls, model_dir: Path, device: torch.device, amp: bool = True) -> "Sampler":
+    def from_folder(
+        cls, model_dir: Path, device: torch.device, amp: bool = True, decode_gib: float | None = None
+    ) -> "Sampler":
         """Load published weights.
 
         Raises:
@@ -71,7 +79,7 @@ class Sampler:
                 "put the two that belong together into one folder, or train the diffusion model again"
             )
         statistics = LatentStatistics(mean, card.scale_factor)
-        return cls(autoencoder, unet, statistics, card, device, amp, digests)
+        return cls(autoencoder, unet, statistics, card, device, amp, digests, decode_gib)
 
     @torch.inference_mode()
     def sample(
@@ -95,7 +103,8 @@ class Sampler:
             (B, 1, X, Y, Z) float32 in [0, 1], on the CPU.
 
         Raises:
-            ConfigError: the scheduler does not fit the training, or seed or steps are out of range.
+            ConfigError: the scheduler does not fit the training, seed or steps are out of range, or there is not
+                memory enough to decode.
         """
         name, count = choose_sampler(self.card.schedule, scheduler, steps)
         generators = [volume_generator(seed, index) for index in indices]
@@ -113,9 +122,20 @@ class Sampler:
         return prediction[:1] if alone else prediction
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Scaled latent (1, C, X, Y, Z) -> volume (1, 1, X', Y', Z') in [0, 1], float32 on the CPU."""
+        """Scaled latent (1, C, X, Y, Z) -> volume (1, 1, X', Y', Z') in [0, 1], float32 on the CPU.
+
+        How is kept as `decoding`, and logged when it is another way than before.
+
+        Raises:
+            ConfigError: there is not memory enough.
+        """
+        latent = self.statistics.restore(latent)
+        plan = choose_plan(self.autoencoder, latent, self.decode_bytes, self.precision.enabled)
+        if str(plan) != str(self.decoding):
+            log(f"decoding: {plan}, about {plan.peak / GIB:.2g} GiB")
+        self.decoding = plan
         with self.precision.autocast():
-            volume = self.autoencoder.decode(self.statistics.restore(latent))
+            volume = decode(self.autoencoder, latent, plan)
         return volume.float().clamp(*self.card.intensity_range).cpu()
 
 

@@ -152,6 +152,8 @@ class SamplingConfig(Strict):
     """Network evaluations per volume; by default 30 for rflow, 50 for ddim and pndm, all for ddpm."""
     batch_size: Positive = 1
     """Volumes sampled at once; changes speed and memory, never the result."""
+    decode_gib: PositiveFloat | None = None
+    """GiB that decoding may take on top of the weights, on the GPU or in memory; by default what is free."""
 
 
 class TrackingConfig(Strict):

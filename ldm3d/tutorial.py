@@ -54,7 +54,7 @@ def tutorial_sampler(
         spacing=cfg.spacing,
     )
     statistics = LatentStatistics(torch.zeros(1, 1, 1, 1), scale_factor)
-    return Sampler(autoencoder, unet, statistics, card, device, cfg.amp, digests)
+    return Sampler(autoencoder, unet, statistics, card, device, cfg.amp, digests, cfg.sampling.decode_gib)
 
 
 @torch.inference_mode()

@@ -1,0 +1,137 @@
+"""Latent -> volume within a memory budget: whole, in exact pieces, or, as a last resort, in blended windows.
+
+Each plan's peak is predicted from the shapes alone, and the first plan that fits is taken. All sizes are in bytes on
+top of what is there before: the weights, and on a CPU Python and torch.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from monai.inferers import sliding_window_inference
+from monai.networks.nets import AutoencoderKL
+from torch import Tensor, nn
+
+from ldm3d.allocator import free_bytes, freed_memory_returned
+from ldm3d.decoding_costs import Costs
+from ldm3d.errors import ConfigError
+from ldm3d.slabs import Keep, PiecewiseDecoder
+
+GIB = 2**30
+# Thinner slabs would save little memory, as whole volumes need most, and fall into torch's slow convolution on a CPU.
+SLAB_BYTES = tuple(2**20 * n for n in (256, 128, 64))
+# What predictions leave out: fragments between tensors, small ones, libraries' own buffers.
+RESERVE = 1.1
+# Of a window, in voxels of the latent: below, group normalisation sees too little of the image.
+SMALLEST_WINDOW = 8
+OVERLAP = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to decode.
+
+    Args:
+        peak: predicted, in bytes, on the device that computes.
+        slab_bytes: of the pieces; 0 if it is not done in pieces.
+        slabs: how many of them the finest volume has.
+        keep: where whole volumes wait between pieces.
+        window: its side in voxels of the latent; 0 if it is not done in windows.
+    """
+
+    peak: int
+    slab_bytes: int = 0
+    slabs: int = 0
+    keep: Keep = field(default_factory=Keep)
+    window: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Equal to plain decoding but for rounding: at most 1e-4 in float32."""
+        return not self.window and not self.keep.half
+
+    def __str__(self) -> str:
+        if self.window:
+            return f"blended windows of at most {self.window} latent voxels a side, not exact"
+        if not self.slab_bytes:
+            return "whole"
+        waiting = "on the host" if self.keep.on_host else "beside it"
+        precision = "rounded to 16 bit" if self.keep.half else "exact"
+        return f"{precision} in {self.slabs} slabs, whole volumes {waiting}"
+
+
+def choose_plan(autoencoder: AutoencoderKL, latent: Tensor, budget: int | None = None, autocast: bool = False) -> Plan:
+    """The first of these that fits: whole, exact pieces, pieces with 16-bit volumes between them, windows.
+
+    Args:
+        autoencoder: decodes.
+        latent: (B, C, X, Y, Z) on the device that computes; its values do not matter.
+        budget: bytes; None for what is free.
+        autocast: convolutions compute in 16 bit.
+
+    Raises:
+        ConfigError: not even small windows fit.
+    """
+    device = latent.device
+    room = free_bytes(device) if budget is None else budget
+    costs = Costs(autoencoder, tuple(latent.shape), autocast)
+    whole = Plan(costs.whole())
+    if room is None or whole.peak * RESERVE <= room:
+        return whole
+    host = free_bytes(torch.device("cpu"))
+    for half in (False,) if autocast else (False, True):
+        for on_host in (False, True) if device.type == "cuda" else (False,):
+            for slab_bytes in SLAB_BYTES:
+                keep = Keep(on_host, half)
+                peak, waiting = costs.pieces(slab_bytes, keep)
+                if peak * RESERVE <= room and (not on_host or host is None or waiting * RESERVE <= host):
+                    return Plan(peak, slab_bytes, costs.slabs(slab_bytes), keep)
+    return _windows(autoencoder, latent, room, autocast)
+
+
+def _windows(autoencoder: AutoencoderKL, latent: Tensor, room: int, autocast: bool) -> Plan:
+    sizes = tuple(latent.shape)
+    for side in range(max(sizes[2:]), SMALLEST_WINDOW - 1, -1):
+        window = (*sizes[:2], *(min(side, n) for n in sizes[2:]))
+        costs = Costs(autoencoder, window, autocast)
+        # On a CPU the image, its weights and their quotient are there too.
+        peak = costs.whole() + (0 if latent.device.type == "cuda" else 3 * Costs(autoencoder, sizes, autocast).image)
+        if peak * RESERVE <= room:
+            return Plan(peak, window=side)
+    raise ConfigError(
+        f"decoding needs {peak * RESERVE / GIB:.2g} GiB even in windows of {SMALLEST_WINDOW} latent voxels, and there "
+        f"are {room / GIB:.2g}: raise sampling.decode_gib, or free memory"
+    )
+
+
+@torch.no_grad()
+def decode(autoencoder: AutoencoderKL, latent: Tensor, plan: Plan) -> Tensor:
+    """Decode (B, C, X, Y, Z) to (B, 1, X * f, Y * f, Z * f) as `plan` says."""
+    if not plan.slab_bytes and not plan.window:
+        return autoencoder.decode(latent)
+    with freed_memory_returned():
+        if plan.window:
+            return _decode_windows(autoencoder, latent, plan.window)
+        pieces = PiecewiseDecoder(autoencoder.decoder, plan.slab_bytes, plan.keep)
+        return _with_decoder(autoencoder, pieces).decode(latent)
+
+
+def _decode_windows(autoencoder: AutoencoderKL, latent: Tensor, side: int) -> Tensor:
+    return sliding_window_inference(
+        latent,
+        [min(side, n) for n in latent.shape[2:]],
+        sw_batch_size=1,
+        predictor=autoencoder.decode,
+        overlap=OVERLAP,
+        mode="gaussian",
+        device=torch.device("cpu"),
+        sw_device=latent.device,
+    )
+
+
+def _with_decoder(autoencoder: AutoencoderKL, decoder: nn.Module) -> AutoencoderKL:
+    """The same autoencoder with another decoder; the given one is left as it is."""
+    twin = copy.copy(autoencoder)
+    twin._modules = dict(autoencoder._modules)
+    twin.decoder = decoder
+    return twin
