@@ -52,7 +52,7 @@ class DiffusionStage:
             NonFiniteLoss: before any weight is touched.
         """
         clean = self.statistics.normalise(latents)
-        noise = torch.randn(clean.shape).to(self.device)
+        noise = torch.randn(clean.shape, device=self.device)
         timesteps = self.diffusion.draw_timesteps(len(clean), torch.device("cpu")).to(self.device)
         loss = self._losses(self.parallel_unet, clean, noise, timesteps).mean()
         norm = checked_step(self.optimizer, loss, {"loss": loss, "largest_latent": clean.abs().max()}, step, cases)

@@ -78,7 +78,7 @@ class LatentCache:
         sides = torch.randint(0, variants if flip else 1, (len(indices),)).tolist()
         picked = np.stack([self.posteriors[i, side] for i, side in zip(indices, sides, strict=True)])
         mean, sigma = torch.from_numpy(picked).to(device).float().unbind(1)
-        return mean + sigma * torch.randn(mean.shape).to(device)
+        return mean + sigma * torch.randn(mean.shape, device=device)
 
     def mean(self, index: int, device: torch.device) -> Tensor:
         """Posterior mean of one volume, (1, C, X, Y, Z), float32."""

@@ -15,7 +15,7 @@ ROOMS = """
     errors files distributed console definitions schema config
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
-    networks losses diffusion weights latents allocator training checkpoint progress sampling tutorial
+    networks losses diffusion weights latents allocator kernels training checkpoint progress sampling tutorial
     montage features metrics report interior copies
     autoencoder_stage diffusion_stage tracking
 """
