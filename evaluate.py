@@ -122,7 +122,7 @@ def reconstruct(report: Report, model_dir: Path, reference: Volumes, cfg: Config
         )
     device = distributed.choose_device()
     autoencoder.to(device)
-    precision, results = Precision(cfg.amp and device.type != "cpu", device), []
+    precision, results = Precision(cfg.amp, device), []
     for volume in progress(reference, "reconstructing", unit="volume"):
         with torch.inference_mode(), precision.autocast():
             image = autoencoder.reconstruct(torch.from_numpy(volume)[None, None].to(device))

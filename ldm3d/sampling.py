@@ -33,7 +33,7 @@ class Sampler:
         statistics: how latents were normalised in training.
         card: what the diffusion network was trained with.
         device: where to compute.
-        amp: mixed precision on a GPU; a CPU samples in float32.
+        amp: mixed precision where the device has it.
         digests: of the weights' files, for provenance.
     """
 
@@ -52,7 +52,7 @@ class Sampler:
         self.statistics = statistics
         self.card = card
         self.device = device
-        self.precision = Precision(amp and device.type != "cpu", device)
+        self.precision = Precision(amp, device)
         self.digests = digests or {}
 
     @classmethod

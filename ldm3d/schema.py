@@ -180,8 +180,7 @@ class Config(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random in training."""
     amp: bool = True
-    """Mixed precision in training: bfloat16 where GPU or CPU has units for it, else float16 on a GPU and none on a CPU.
-    Sampling uses it on a GPU only."""
+    """Mixed precision on a GPU: bfloat16 where the GPU has it, else float16. No effect on a CPU, where it is slower."""
     compile: bool = False
     """torch.compile on a GPU. No effect on a CPU, where it brings nothing."""
     sync_bn: bool = False

@@ -61,7 +61,6 @@ CONFIG: dict[str, Any] = {
     "NoiseScheduler": {"type": "rflow"},
     "sampling": {"steps": 4},
     "data": {"num_workers": 0},
-    "amp": False,  # so that a CPU with bfloat16 units computes what others do
 }
 """Both stages in seconds: networks of 8 channels, volumes of 24 x 32 x 24 voxels of 6 mm."""
 LIBRARIES = {"matplotlib", f"torchinductor_{getpass.getuser()}"}

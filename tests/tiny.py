@@ -44,7 +44,6 @@ def config(**overrides: Any) -> Config:
             "norm_num_groups": 8,
         },
         "diffusion_train": train,
-        "amp": False,  # so that a CPU with bfloat16 units computes what others do
     }
     for key, value in overrides.items():
         content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
