@@ -7,6 +7,7 @@ sets with held-out real volumes. It takes about 15 minutes on one core, so `make
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,10 @@ def main() -> None:
 def held_out(args: argparse.Namespace) -> list[np.ndarray]:
     """The demo's validation volumes, on the grid that is generated."""
     cfg = load_config(CONFIG, [])
-    folder = args.output.parent / "work"
-    env = Environment(model_dir=folder, tfevent_path=folder, output_dir=folder, data_base_dir=args.data)
-    data = prepare_data(cfg, env)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        env = Environment(model_dir=folder, tfevent_path=folder, output_dir=folder, data_base_dir=args.data)
+        data = prepare_data(cfg, env)
     size = cfg.diffusion_train.patch_size
     return [crop_or_pad(data.cache.load(case), size) for case in data.split.validation]
 

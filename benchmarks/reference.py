@@ -73,7 +73,7 @@ class ReferenceAutoencoder:
             self.optimizer.step()
             if self.adv_weight:
                 self._discriminator_step(image, reconstruction.detach())
-            return float(l1)
+            return l1.item()
 
     def _discriminator_step(self, image: Tensor, reconstruction: Tensor) -> None:
         self.discriminator_optimizer.zero_grad(set_to_none=True)
@@ -136,7 +136,7 @@ class ReferenceDiffusion:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return float(loss)
+        return loss.item()
 
     @torch.no_grad()
     def validate(self, images: Sequence[Tensor]) -> float:

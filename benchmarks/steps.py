@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from benchmarks.measure import Work
 from benchmarks.reference import ReferenceAutoencoder, ReferenceDiffusion
+from benchmarks.settings import CPU, settings
 from ldm3d.autoencoder_stage import AutoencoderStage
 from ldm3d.diffusion_stage import DiffusionStage
 from ldm3d.latents import LatentCache, build_latent_cache
@@ -52,7 +53,6 @@ def autoencoder_step(cfg: Config, device: torch.device, ours: bool) -> Work:
         batch = {"image": image, "case": ["a"] * len(image)}
         return lambda: stage.train_step(batch, 0, stage.has_discriminator)
     reference = ReferenceAutoencoder(cfg, stage.autoencoder, device)
-    del stage
     return lambda: reference.train_step(image)
 
 
@@ -88,13 +88,11 @@ def _diffusion(
     torch.manual_seed(cfg.seed)
     autoencoder = build_autoencoder(cfg.autoencoder_def).to(device).eval()
     image = volumes(count, cfg.diffusion_train.patch_size)
-    if not ours:
-        stage = DiffusionStage(
-            cfg, torch.device("cpu"), TOTAL_STEPS, _cache(autoencoder, image, device).statistics(False)
-        )
-        return make_reference(ReferenceDiffusion(cfg, autoencoder, stage.unet, image, device), image)
     cache = _cache(autoencoder, image, device)
-    return make_ours(DiffusionStage(cfg, device, TOTAL_STEPS, cache.statistics(False)), cache)
+    stage = DiffusionStage(cfg, device, TOTAL_STEPS, cache.statistics(False))
+    if ours:
+        return make_ours(stage, cache)
+    return make_reference(ReferenceDiffusion(cfg, autoencoder, stage.unet, image, device), image)
 
 
 def _cache(autoencoder: Any, image: Tensor, device: torch.device) -> LatentCache:
@@ -130,6 +128,4 @@ WORKS: dict[str, Callable[[Config, torch.device, bool], Work]] = {
 
 def named_work(name: str, networks: str, ours: bool) -> Work:
     """A piece of work on the CPU by the names of work and networks: what a process of its own is told to do."""
-    from benchmarks.settings import CPU, settings
-
     return WORKS[name](settings(networks), CPU, ours)
