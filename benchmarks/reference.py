@@ -22,12 +22,11 @@ from monai import transforms
 from monai.data import CacheDataset
 from monai.inferers import LatentDiffusionInferer
 from monai.losses import PatchAdversarialLoss
-from monai.networks.nets import PatchDiscriminator
 from monai.networks.schedulers import DDPMScheduler
 from torch import Tensor, nn
 
 from benchmarks.measure import clone_weights
-from ldm3d.networks import build_autoencoder, build_unet
+from ldm3d.networks import build_autoencoder, build_discriminator, build_unet
 from ldm3d.schema import Config
 
 KL_WEIGHT = 1e-7
@@ -49,9 +48,7 @@ class ReferenceAutoencoder:
         self.device = device
         self.adv_weight = cfg.autoencoder_train.adv_weight
         self.autoencoder = clone_weights(weights, build_autoencoder(cfg.autoencoder_def)).to(device)
-        self.discriminator = PatchDiscriminator(
-            spatial_dims=3, num_layers_d=3, channels=32, in_channels=1, out_channels=1, norm="INSTANCE"
-        ).to(device)
+        self.discriminator = build_discriminator(cfg.discriminator_def, cfg.image_channels).to(device)
         self.adversarial = PatchAdversarialLoss(criterion="least_squares")
         lr = cfg.autoencoder_train.lr
         self.optimizer = torch.optim.Adam(self.autoencoder.parameters(), lr=lr)

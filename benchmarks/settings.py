@@ -31,9 +31,14 @@ _MEDIUM = [
 _TINY = [
     "latent_channels=4",
     "autoencoder_def.patchify=1",
-    "autoencoder_def.channels=[16,16]",
+    "autoencoder_def.channels=[8,8]",
+    "autoencoder_def.norm_num_groups=8",
     "autoencoder_train.patch_size=[16,16,16]",
-    "diffusion_def.channels=[16,16,32]",
+    "autoencoder_train.adv_weight=0.01",
+    'discriminator_def={"channels": 8, "num_layers_d": 1}',
+    "diffusion_def.channels=[8,8,16]",
+    "diffusion_def.norm_num_groups=8",
+    "diffusion_def.num_head_channels=[0,0,8]",
     "diffusion_train.patch_size=[16,16,16]",
     "diffusion_train.batch_size=3",
 ]
@@ -42,13 +47,15 @@ _KNOWN: dict[str, tuple[str, list[str]]] = {
     "demo": ("config_demo.json", []),
     "medium": ("config_demo.json", _MEDIUM),
     "tiny": ("config_demo.json", _TINY),
-    "16g": ("config_train_16g.json", ["autoencoder_train.perceptual_weight=0"]),
     "32g": ("config_train_32g.json", _GPU),
+    "16g as shipped": ("config_train_16g.json", ["autoencoder_train.perceptual_weight=0"]),
+    "32g as shipped": ("config_train_32g.json", ["autoencoder_train.perceptual_weight=0"]),
 }
 
 
 def settings(name: str, *overrides: str) -> Config:
-    """A configuration by name: `demo`, `medium` (for a CPU), `tiny` (to show that it runs), `16g`, `32g`.
+    """A configuration by name: `demo`, `medium` (for a CPU), `tiny` (to show that it runs), `32g` (with the tutorial's
+    batches), `16g as shipped`, `32g as shipped`.
 
     The perceptual term is left out of both recipes: its weights need a network, and it is 2 % of a step.
     """

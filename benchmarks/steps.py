@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from benchmarks.measure import Work
 from benchmarks.reference import ReferenceAutoencoder, ReferenceDiffusion
 from benchmarks.settings import CPU, settings
+from ldm3d import distributed
 from ldm3d.autoencoder_stage import AutoencoderStage
 from ldm3d.diffusion_stage import DiffusionStage
 from ldm3d.latents import LatentCache, build_latent_cache
@@ -23,6 +24,8 @@ from ldm3d.schema import Config
 
 NUM_VOLUMES = 4
 TOTAL_STEPS = 1000
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+"""Of the latent caches; removed at the end of the process."""
 
 
 class Images(Dataset[dict[str, Any]]):
@@ -96,7 +99,8 @@ def _diffusion(
 
 
 def _cache(autoencoder: Any, image: Tensor, device: torch.device) -> LatentCache:
-    folder = Path(tempfile.mkdtemp(prefix="ldm3d-benchmark-"))
+    _folders.append(tempfile.TemporaryDirectory(prefix="ldm3d-benchmark-"))
+    folder = Path(distributed.broadcast_object(_folders[-1].name))
     names = [str(i) for i in range(len(image))]
     return build_latent_cache(folder, autoencoder, "none", Images(image), names, False, device)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from monai.networks.nets import AutoencoderKL
 from torch import Tensor
 
 from ldm3d import distributed
-from ldm3d.kernels import BatchInvariant
+from ldm3d.kernels import batch_invariant
 from ldm3d.losses import AutoencoderLoss
 from ldm3d.metrics import reconstruction
 from ldm3d.networks import PatchAutoencoderKL, build_autoencoder, build_discriminator
@@ -106,7 +106,7 @@ class AutoencoderStage:
     @torch.inference_mode()
     def reconstruct(self, image: Tensor) -> Tensor:
         """Decode the latent's mean: (B, 1, X, Y, Z) in [0, 1], without sampling."""
-        with BatchInvariant(), self.precision.autocast():
+        with batch_invariant(self.device), self.precision.autocast():
             reconstructed: Tensor = self.autoencoder.reconstruct(image.to(self.device))
         return reconstructed.float().clamp(0, 1)
 

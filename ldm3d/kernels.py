@@ -1,12 +1,18 @@
 """Which kernels a CPU samples with: the same for a volume alone and in a batch, and not the slow ones."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+
+def batch_invariant(device: torch.device) -> AbstractContextManager[Any]:
+    """`BatchInvariant` on a CPU; nothing elsewhere, where it could only get into a compiler's way."""
+    return BatchInvariant() if device.type == "cpu" else nullcontext()
 
 
 class BatchInvariant(TorchFunctionMode):

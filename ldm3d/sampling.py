@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm3d.diffusion import choose_sampler, sample_latent
 from ldm3d.errors import ConfigError, WeightsError
 from ldm3d.files import sha256
-from ldm3d.kernels import BatchInvariant, has_onednn
+from ldm3d.kernels import batch_invariant, has_onednn
 from ldm3d.latents import LatentStatistics
 from ldm3d.training import Precision
 from ldm3d.weights import AUTOENCODER, UNET, DiffusionCard, load_autoencoder, load_unet
@@ -100,7 +100,7 @@ class Sampler:
         name, count = choose_sampler(self.card.schedule, scheduler, steps)
         generators = [volume_generator(seed, index) for index in indices]
         noise = torch.stack([torch.randn(self.card.latent_shape, generator=g) for g in generators]).to(self.device)
-        with BatchInvariant():
+        with batch_invariant(self.device):
             latents = sample_latent(self._denoise, noise, generators, self.card.schedule, name, count, on_step)
             return torch.cat([self.decode(latent[None]) for latent in latents])
 
