@@ -283,15 +283,16 @@ def sampling(bench: Bench) -> Rows:
 def sampling_settings(bench: Bench) -> Rows:
     """Ten steps: each setting by itself."""
     cfg = settings(bench.networks)
+    num = 2 if bench.tiny else 10
     shipped = sampler_of(cfg, bench.device)
     candidates: dict[str, Callable[[], Work]] = {
-        "shipped": lambda: lambda: shipped.sample(0, [0], steps=10),
-        "CUDA graph": lambda: graphed(sampler_of(cfg, bench.device)),
-        "channels_last_3d": lambda: last(sampler_of(cfg, bench.device)),
-        "compiled blocks": lambda: compiled(sampler_of(cfg, bench.device)),
-        "cuDNN search off": lambda: unsearched(shipped),
-        "batch of 2": lambda: lambda: shipped.sample(0, range(2), steps=10),
-        "batch of 4": lambda: lambda: shipped.sample(0, range(4), steps=10),
+        "shipped": lambda: lambda: shipped.sample(0, [0], steps=num),
+        "CUDA graph": lambda: graphed(sampler_of(cfg, bench.device), num),
+        "channels_last_3d": lambda: last(sampler_of(cfg, bench.device), num),
+        "compiled blocks": lambda: compiled(sampler_of(cfg, bench.device), num),
+        "cuDNN search off": lambda: unsearched(shipped, num),
+        "batch of 2": lambda: lambda: shipped.sample(0, range(2), steps=num),
+        "batch of 4": lambda: lambda: shipped.sample(0, range(4), steps=num),
     }
     rows = []
     for name, build in candidates.items():
@@ -312,32 +313,32 @@ def sampled(bench: Bench, work: Work, count: int) -> dict[str, Any]:
     return {"s a volume": timing.median / count, "first s": first} | memory(bench, {"peak": work})
 
 
-def last(sampler: Sampler) -> Work:
+def last(sampler: Sampler, num: int) -> Work:
     for network in (sampler.unet, sampler.autoencoder):
         network.to(memory_format=torch.channels_last_3d)
-    return lambda: sampler.sample(0, [0], steps=10)
+    return lambda: sampler.sample(0, [0], steps=num)
 
 
-def compiled(sampler: Sampler) -> Work:
+def compiled(sampler: Sampler, num: int) -> Work:
     if sampler.device.type == "cuda":
         compile_blocks(sampler.unet)
         compile_blocks(sampler.autoencoder)
-    return lambda: sampler.sample(0, [0], steps=10)
+    return lambda: sampler.sample(0, [0], steps=num)
 
 
-def unsearched(sampler: Sampler) -> Work:
+def unsearched(sampler: Sampler, num: int) -> Work:
     def work() -> None:
         with flags(benchmark=False):
-            sampler.sample(0, [0], steps=10)
+            sampler.sample(0, [0], steps=num)
 
     return work
 
 
-def graphed(sampler: Sampler) -> Work:
+def graphed(sampler: Sampler, num: int) -> Work:
     """The network's evaluation captured once and replayed: no launch of a kernel by the CPU."""
     if sampler.device.type == "cuda":
         sampler.unet = Graphed(sampler.unet, sampler)
-    return lambda: sampler.sample(0, [0], steps=10)
+    return lambda: sampler.sample(0, [0], steps=num)
 
 
 class Graphed(nn.Module):

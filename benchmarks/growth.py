@@ -40,12 +40,9 @@ def main() -> None:
         one_rank(args.rank_of)
         return
     sides, batches, counts = ((16, 24), (1, 2), (2, 4)) if args.tiny else ((32, 48, 64), (2, 4, 8), (4, 8, 16))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in SECTIONS:
-        rows += grown(
-            "side", name, sides, lambda n, s: [f"{s}.patch_size=[{n},{n},{n}]", f"{s}.batch_size=2"], args.tiny
-        )
-        rows += grown("batch", name, batches, lambda n, s: [f"{s}.batch_size={n}"], args.tiny)
+        rows += [grown("side", name, sides, of_side, args.tiny), grown("batch", name, batches, of_batch, args.tiny)]
         if not args.tiny:
             rows += processes(name)
     rows += collections(counts)
@@ -60,7 +57,15 @@ def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
     return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
 
 
-def grown(what: str, name: str, sizes: Sequence[int], overrides: Any, tiny: bool) -> list[dict[str, Any]]:
+def of_side(side: int, section: str) -> list[str]:
+    return [f"{section}.patch_size=[{side},{side},{side}]", f"{section}.batch_size=2"]
+
+
+def of_batch(batch: int, section: str) -> list[str]:
+    return [f"{section}.batch_size={batch}"]
+
+
+def grown(what: str, name: str, sizes: Sequence[int], overrides: Any, tiny: bool) -> dict[str, Any]:
     """Seconds and GiB of a step of the demo's networks at several sizes."""
     chosen = {n: overrides(n, SECTIONS[name]) for n in sizes}
     network = "tiny" if tiny else "demo"
@@ -68,7 +73,7 @@ def grown(what: str, name: str, sizes: Sequence[int], overrides: Any, tiny: bool
     timings = interleaved(works, CPU, 1 if tiny else 3)
     seconds = [timings[str(n)].median for n in sizes]
     gib = [] if tiny else [peak_resident(named_step, name, chosen[n]) for n in sizes]
-    return [summary(name, what, sizes, seconds, gib)]
+    return summary(name, what, sizes, seconds, gib)
 
 
 def named_step(name: str, overrides: list[str]) -> Any:
