@@ -55,6 +55,7 @@ def test_a_part_that_fails_says_why_and_leaves_the_others(run: Run, monkeypatch:
 
     for name in ("recipes", "sampling", "fit", "one_by_one", "sampling_settings"):
         monkeypatch.setattr(gpu, name, broken)
+    monkeypatch.setattr(gpu, "peaks", lambda bench: [])
     monkeypatch.setattr(gpu, "where_time_goes", lambda bench: [{"what": "still measured"}])
     result = run(gpu, "--device", "cpu")
     assert result["recipes"] == [{"failed": "RuntimeError: CUDA out of memory. Tried"}]
