@@ -36,7 +36,7 @@ DDPM = 'NoiseScheduler={"type": "ddpm"}'
 def main() -> None:
     args = arguments(__doc__).parse_args()
     keep_freed_memory()
-    count, held_out, steps = (4, 2, 1) if args.tiny else (24, 8, 40)
+    count, held_out, steps = (4, 2, 1) if args.tiny else (24, 8, 30)
     data = phantoms(count + held_out)
     train, validation = data[:count], data[count:]
     rows = [stage_1(train, validation, steps), stage_2(train, validation, steps)]
