@@ -8,12 +8,14 @@ SCRATCH := -c config/config_demo.json -e config/environment_demo_scratch.json
 WEIGHTS := checkpoints/demo
 NUM_PHANTOMS := 420
 
-.PHONY: help demo demo-scratch sample lint test clean
+.PHONY: help demo demo-scratch sample bench bench-gpu lint test clean
 
 help:
 	@echo "make demo          train on the embedded data from the demo weights, sample, evaluate (about 10 minutes)"
 	@echo "make demo-scratch  make the demo weights from nothing (up to 2 hours on 2 cores)"
 	@echo "make sample        generate 4 brains with the demo weights (under 3 minutes)"
+	@echo "make bench         speed and memory against the reference recipe, on a CPU (under 10 minutes)"
+	@echo "make bench-gpu     the same on one GPU (under 10 minutes)"
 	@echo "make test          linters, types and the whole test suite"
 	@echo "make clean         remove what the demo has made, except the data set and the environment"
 
@@ -61,6 +63,15 @@ demo-scratch: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
 sample: $(VENV)/run
 	@echo "== 4 brains with the demo weights in $(WEIGHTS)"
 	@$(PY) inference.py -c config/config_demo.json -e config/environment_sample.json --num 4
+
+bench: $(VENV)/run
+	@for part in train_step sampling data loss growth plot; do \
+	  echo "== benchmarks.$$part"; $(PY) -W ignore -m benchmarks.$$part || exit 1; done
+	@echo "== results are in benchmarks/results, the plot is figs/speed.png"
+
+bench-gpu: $(VENV)/run
+	@$(PY) -W ignore -m benchmarks.gpu
+	@$(PY) -m benchmarks.plot
 
 lint: $(VENV)/dev
 	@echo "== linters and types"

@@ -1,7 +1,7 @@
 """Decoding whole and in pieces: time, highest memory, difference.
 
-python benchmarks/decode.py --output benchmarks/results/decode_cpu.json
-python benchmarks/decode.py --shape 240 240 156 --rounds 1
+python -m benchmarks.decode --output benchmarks/results/decode_cpu.json
+python -m benchmarks.decode --shape 240 240 156 --rounds 1
 
 Each decoding runs in a process of its own, so that its highest memory is its own; ways take turns, and medians are
 shown. Weights and latent are random: neither time nor memory depends on them.
@@ -20,17 +20,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import write_result
+from ldm3d.allocator import keep_freed_memory
+from ldm3d.config import load_config
+from ldm3d.decoding import GIB, SLAB_BYTES, Plan, decode
+from ldm3d.decoding_costs import Costs
+from ldm3d.networks import build_autoencoder
+from ldm3d.slabs import Keep
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from measure import write_result  # noqa: E402
-
-from ldm3d.allocator import keep_freed_memory  # noqa: E402
-from ldm3d.config import load_config  # noqa: E402
-from ldm3d.decoding import GIB, SLAB_BYTES, Plan, decode  # noqa: E402
-from ldm3d.decoding_costs import Costs  # noqa: E402
-from ldm3d.networks import build_autoencoder  # noqa: E402
-from ldm3d.slabs import Keep  # noqa: E402
 
 # Names of the ways, and where whole volumes wait; None is plain decoding.
 WAYS = {
@@ -90,7 +88,7 @@ def parse() -> argparse.Namespace:
 
 
 def in_a_process(arguments: list[str]) -> dict[str, Any]:
-    command = [sys.executable, *sys.argv, *arguments]
+    command = [sys.executable, "-m", "benchmarks.decode", *sys.argv[1:], *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm3d import distributed
 from ldm3d.errors import NonFiniteLoss
+from ldm3d.kernels import batch_invariant
 from ldm3d.losses import AutoencoderLoss
 from ldm3d.metrics import reconstruction
 from ldm3d.networks import PatchAutoencoderKL, build_autoencoder, build_discriminator
@@ -150,7 +151,7 @@ class AutoencoderStage:
     @torch.inference_mode()
     def reconstruct(self, image: Tensor) -> Tensor:
         """Decode the latent's mean: (B, 1, X, Y, Z) in [0, 1], without sampling."""
-        with self.precision.autocast():
+        with batch_invariant(self.device), self.precision.autocast():
             reconstructed: Tensor = self.autoencoder.reconstruct(image.to(self.device))
         return reconstructed.float().clamp(0, 1)
 

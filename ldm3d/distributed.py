@@ -87,6 +87,8 @@ def process_group(backend: str | None, timeout_seconds: float) -> Iterator[torch
         raise ConfigError("ddp_backend nccl: there is no GPU here; use gloo, or null to choose by hardware")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # Shapes hardly ever change: worth a search for the fastest kernel of each.
+        torch.backends.cudnn.benchmark = True
     if not launched_by_torchrun():
         yield device
         return

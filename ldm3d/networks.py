@@ -184,11 +184,19 @@ def _recomputed(forward: Any) -> Any:
     return wrapped
 
 
-def compile_blocks(network: nn.Module) -> nn.Module:
-    """Compile residual blocks one by one: seconds of compiling instead of minutes for the whole network."""
+def compile_blocks(network: nn.Module, dynamic: bool | None = None) -> nn.Module:
+    """Compile residual blocks one by one: seconds of compiling instead of minutes for the whole network.
+
+    Args:
+        network: whose blocks are compiled, in place.
+        dynamic: as for `torch.compile`: one graph for many shapes, one for each, or (None) as torch thinks best.
+    """
+    # Blocks share their code, for which torch makes 8 graphs and leaves what needs another one uncompiled: the U-Net of
+    # config_train_32g.json needs 8 in training alone.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for module in network.modules():
         if isinstance(module, AEKLResBlock | DiffusionUNetResnetBlock):
-            module.compile()
+            module.compile(dynamic=dynamic)
     return network
 
 

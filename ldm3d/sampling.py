@@ -1,13 +1,12 @@
 """Noise -> latent -> volume. One Sampler for the script, the service and the notebook.
 
 Volume i of a request depends on (weights, settings, seed, i) alone. Its noise comes from a generator of its own, on
-the CPU; and inside a batch on the CPU nothing is computed otherwise than alone: see `batch_invariant`. Another machine,
+the CPU; and inside a batch on the CPU nothing is computed otherwise than alone: see `ldm3d.kernels`. Another machine,
 another number of threads, and on a GPU another batch size, can add in another order, which shows in the last digits.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from ldm3d.decoding import GIB, Plan, choose_plan, decode
 from ldm3d.diffusion import choose_sampler, sample_latent
 from ldm3d.errors import ConfigError, WeightsError
 from ldm3d.files import sha256
+from ldm3d.kernels import batch_invariant, has_onednn
 from ldm3d.latents import LatentStatistics
 from ldm3d.training import Precision
 from ldm3d.weights import AUTOENCODER, UNET, DiffusionCard, load_autoencoder, load_unet
@@ -109,12 +109,13 @@ class Sampler:
         name, count = choose_sampler(self.card.schedule, scheduler, steps)
         generators = [volume_generator(seed, index) for index in indices]
         noise = torch.stack([torch.randn(self.card.latent_shape, generator=g) for g in generators]).to(self.device)
-        with batch_invariant(self.unet) if self.device.type == "cpu" else nullcontext():
+        with batch_invariant(self.device):
             latents = sample_latent(self._denoise, noise, generators, self.card.schedule, name, count, on_step)
-        return torch.cat([self.decode(latent[None]) for latent in latents])
+            return torch.cat([self.decode(latent[None]) for latent in latents])
 
     def _denoise(self, latent: Tensor, timesteps: Tensor) -> Tensor:
-        alone = len(latent) == 1 and self.device.type == "cpu"
+        # Without oneDNN a single sample would be convolved by another kernel than several: it is given a twin.
+        alone = len(latent) == 1 and self.device.type == "cpu" and not has_onednn(latent)
         if alone:
             latent, timesteps = latent.repeat(2, 1, 1, 1, 1), timesteps.repeat(2)
         with self.precision.autocast():
@@ -149,25 +150,3 @@ def volume_generator(seed: int, index: int) -> torch.Generator:
         raise ConfigError(f"seed {seed}: must be between 0 and {LARGEST_SEED}")
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-@contextmanager
-def batch_invariant(unet: nn.Module) -> Iterator[None]:
-    """Make a sample's result on the CPU the same, bit for bit, whatever else is in its batch.
-
-    Three things differ with the batch there. Matrix products of few rows use another kernel, and the last elements of a
-    SiLU, where they do not fill a vector register, another exponential: both are computed sample by sample here. So do
-    3-D convolutions of one single sample: the Sampler gives it a twin, which costs nothing, as torch's convolution of
-    one takes as long as that of two.
-    """
-    kinds = nn.Linear | nn.SiLU
-    handles = [module.register_forward_hook(_one_by_one) for module in unet.modules() if isinstance(module, kinds)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _one_by_one(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return torch.cat([module.forward(sample) for sample in inputs[0].split(1)])

@@ -1,0 +1,75 @@
+"""Training steps and validations of both stages on a CPU, ours against the reference recipe.
+
+python -m benchmarks.train_step
+"""
+
+from typing import Any
+
+import torch
+
+from benchmarks.measure import (
+    Timing,
+    arguments,
+    counted_flops,
+    interleaved,
+    peak_flops,
+    peak_resident,
+    table,
+    write_result,
+)
+from benchmarks.settings import CPU, settings
+from benchmarks.steps import NUM_VOLUMES, WORKS, named_work
+from ldm3d.allocator import keep_freed_memory
+
+RECIPES = {"ours": True, "reference": False}
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    keep_freed_memory()
+    # Before anything else has warmed the machine up or down: what it can do at best.
+    peak = peak_flops(CPU, torch.float32)
+    networks = ["tiny"] if args.tiny else ["medium", "demo"]
+    rows = [row(name, network, peak, 1 if args.tiny else 3) for network in networks for name in WORKS]
+    print(table(rows))
+    write_result(args.output, {"peak_flops": peak, "validated_volumes": NUM_VOLUMES, "rows": rows})
+
+
+def row(name: str, network: str, peak: dict[str, float], repeats: int) -> dict[str, Any]:
+    """Seconds, ratio, memory and achieved share of the machine's peak of one piece of work by both recipes."""
+    cfg = settings(network)
+    works = {recipe: WORKS[name](cfg, CPU, ours) for recipe, ours in RECIPES.items()}
+    work = {recipe: counted_flops(works[recipe]) for recipe in RECIPES}
+    timings = interleaved(works, CPU, repeats)
+    del works
+    # A process for each takes seconds to start, so memory is measured where it says most.
+    measured = RECIPES.items() if network == "medium" and name.endswith("step") else ()
+    memory = {recipe: peak_resident(named_work, name, network, ours) for recipe, ours in measured}
+    share = {recipe: work[recipe] / timings[recipe].median / max(peak.values()) for recipe in RECIPES}
+    return {
+        "what": name,
+        "networks": network,
+        "batch": cfg.autoencoder_train.batch_size if name.startswith("auto") else cfg.diffusion_train.batch_size,
+        **seconds(timings),
+        "ours GiB": memory.get("ours"),
+        "reference GiB": memory.get("reference"),
+        "ours GFLOP": work["ours"] / 1e9,
+        "reference GFLOP": work["reference"] / 1e9,
+        "ours, share of peak": share["ours"],
+        "reference, share of peak": share["reference"],
+    }
+
+
+def seconds(timings: dict[str, Timing]) -> dict[str, Any]:
+    """Medians, their ratio, and the spread from fastest to slowest."""
+    return {
+        "ours s": timings["ours"].median,
+        "reference s": timings["reference"].median,
+        "times as fast": timings["reference"].median / timings["ours"].median,
+        "ours spread": f"{timings['ours'].fastest:.3g} to {timings['ours'].slowest:.3g}",
+        "reference spread": f"{timings['reference'].fastest:.3g} to {timings['reference'].slowest:.3g}",
+    }
+
+
+if __name__ == "__main__":
+    main()
