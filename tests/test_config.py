@@ -152,7 +152,7 @@ def test_what_the_configs_for_gpus_are_for() -> None:
         name: (shipped(name).autoencoder_train.batch_size, shipped(name).diffusion_train.batch_size)
         for name in ("train_16g", "train_32g")
     }
-    assert batches == {"train_16g": (1, 2), "train_32g": (2, 3)}
+    assert batches == {"train_16g": (2, 8), "train_32g": (5, 12)}
     assert shipped("train_16g").use_checkpointing
     assert (shipped("train_multigpu").ddp_backend, shipped("train_multigpu").sync_bn) == ("nccl", True)
     optimized = shipped("optimized")

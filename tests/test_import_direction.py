@@ -17,7 +17,7 @@ ROOMS = """
     cases checks splits volumes cache data
     networks losses diffusion weights latents allocator training checkpoint progress sampling tutorial
     montage features metrics report interior copies
-    autoencoder_stage diffusion_stage tracking
+    autoencoder_stage diffusion_stage tracking live_bytes perceptual_shape memory_phases memory_advice memory
 """
 ORDER = ROOMS.split()
 
