@@ -38,7 +38,7 @@ NO_PERCEPTUAL = ["autoencoder_train.perceptual_weight=0"]
 TINY = [
     *NO_PERCEPTUAL,
     *(f"{network}.channels=[32,32,32]" for network in ("autoencoder_def", "diffusion_def")),
-    *(f"{train}.patch_size=[16,16,16]" for train in ("autoencoder_train", "diffusion_train")),
+    *(f"{train}.patch_size=[32,32,32]" for train in ("autoencoder_train", "diffusion_train")),
     "diffusion_def.num_head_channels=32",
     "discriminator_def.num_layers_d=1",
 ]
