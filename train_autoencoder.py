@@ -14,6 +14,7 @@ from ldm3d import distributed
 from ldm3d.autoencoder_stage import AutoencoderStage
 from ldm3d.console import log
 from ldm3d.data import PatchDataset, Prepared, prepare_data, train_loader, validation_loader
+from ldm3d.memory_advice import warn_if_too_large
 from ldm3d.montage import tensorboard_image
 from ldm3d.networks import count_parameters
 from ldm3d.progress import EpochLog, Position, rounded
@@ -30,6 +31,7 @@ def main() -> None:
     args = utils.training_parser(__doc__).parse_args()
     cfg, env = utils.read_settings(args)
     with utils.training_run(cfg, env, args, "autoencoder") as run:
+        warn_if_too_large(cfg, "autoencoder", run.device)
         data = prepare_data(cfg, env)
         facts = describe(cfg, data)
         run.fingerprint = fingerprint(cfg, facts)

@@ -15,6 +15,7 @@ from ldm3d.data import EpochSampler, Key, PatchDataset, Prepared, cache_folder, 
 from ldm3d.diffusion_stage import Batch, DiffusionStage
 from ldm3d.files import sha256
 from ldm3d.latents import LatentCache, build_latent_cache
+from ldm3d.memory_advice import warn_if_too_large
 from ldm3d.montage import tensorboard_image
 from ldm3d.networks import count_parameters
 from ldm3d.progress import EpochLog, Position, rounded
@@ -43,6 +44,7 @@ def main() -> None:
     args = utils.training_parser(__doc__).parse_args()
     cfg, env = utils.read_settings(args)
     with utils.training_run(cfg, env, args, "diffusion") as run:
+        warn_if_too_large(cfg, "diffusion", run.device)
         autoencoder, card = load_autoencoder(env.model_dir)
         check_definition(env.model_dir / AUTOENCODER, card.definition, cfg.autoencoder_def, "autoencoder_def")
         latents = encode(autoencoder, card, prepare_data(cfg, env), run)

@@ -40,8 +40,8 @@ class BatchInvariant(TorchFunctionMode):
 
 
 def has_onednn(x: Tensor) -> bool:
-    """Whether oneDNN can convolve this tensor, on the CPU."""
-    return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    """Whether oneDNN can convolve this tensor, on the CPU; a stand-in without content it cannot."""
+    return type(x) is Tensor and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def _convolution(

@@ -1,6 +1,7 @@
 """Build the networks from their definitions, and fit them to the machine."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,22 +167,49 @@ def build_unet(definition: DiffusionDef) -> DiffusionModelUNet:
     return DiffusionModelUNet(**definition.model_dump())
 
 
-def checkpoint_blocks(network: nn.Module) -> nn.Module:
-    """Recompute each residual block in the backward pass instead of keeping its activations.
+def checkpoint_blocks(network: nn.Module, keep_convolutions: bool = False) -> nn.Module:
+    """Compute activations of the residual blocks again in the backward pass instead of keeping them.
 
     MONAI's own flag keeps whole stages and fails under autocast on some builds; blocks keep a third of the memory.
+
+    Args:
+        network: is changed in place.
+        keep_convolutions: keep what the first of a block's two convolutions gives: only normalisations and activation
+            functions are computed again. Nothing needs what the second one gives.
     """
     for module in network.modules():
         if isinstance(module, AEKLResBlock | DiffusionUNetResnetBlock):
-            module.forward = _recomputed(module.forward)
+            # A block that changes the grid between its halves is computed again as a whole.
+            in_halves = keep_convolutions and not _resamples(module)
+            module.forward = partial(_block_in_halves, module) if in_halves else partial(_recomputed, module.forward)
     return network
 
 
-def _recomputed(forward: Any) -> Any:
-    def wrapped(*inputs: Tensor) -> Any:
-        return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)
+def _resamples(block: nn.Module) -> bool:
+    if not isinstance(block, DiffusionUNetResnetBlock):
+        return False
+    return block.upsample is not None or block.downsample is not None
 
-    return wrapped
+
+def _recomputed(forward: Any, *inputs: Tensor) -> Any:
+    """`forward`, whose activations are computed again when they are needed. It must draw no random numbers."""
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _block_in_halves(block: Any, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+    """MONAI's residual block. Computing a half again ends before its convolution, as nothing needs what that gives."""
+    h = _recomputed(partial(_half, block.norm1, block.conv1), x)
+    if embedding is not None:
+        h = h + block.time_emb_proj(F.silu(embedding))[:, :, None, None, None]
+    h = _recomputed(partial(_half, block.norm2, block.conv2), h)
+    shortcut = block.nin_shortcut if isinstance(block, AEKLResBlock) else block.skip_connection
+    return shortcut(x) + h
+
+
+def _half(norm: nn.Module, convolution: nn.Module, x: Tensor) -> Any:
+    return convolution(F.silu(norm(x)))
 
 
 def compile_blocks(network: nn.Module, dynamic: bool | None = None) -> nn.Module:

@@ -22,7 +22,7 @@ def prepare_network(network: Any, cfg: Config, device: torch.device) -> Any:
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.to(device)
     if cfg.use_checkpointing:
-        network = checkpoint_blocks(network)
+        network = checkpoint_blocks(network, keep_convolutions=cfg.use_checkpointing == "norms")
     if cfg.compile and device.type == "cuda":
         network = compile_blocks(network)
     return network

@@ -19,6 +19,7 @@ ROOMS = """
     mlflow_tracking profiling tracking progress slabs decoding_costs decoding sampling tutorial
     montage features metrics report interior copies
     autoencoder_stage diffusion_stage replay signals lock run
+    live_bytes perceptual_shape memory_phases memory_advice memory
 """
 ORDER = ROOMS.split()
 

@@ -1,11 +1,15 @@
 """ldm3d.networks: shapes, the linear path, recomputed blocks."""
 
+from collections import Counter
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny
 import torch
 from monai.networks.nets import AutoencoderKL, PatchDiscriminator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm3d.networks import (
     PatchAutoencoderKL,
@@ -233,3 +237,54 @@ def test_padding_is_of_zeros_on_both_sides(
     inside = padded[(..., *(slice(b, b + m) for b, m in zip(begins, size, strict=True)))]
     assert torch.equal(inside, volume)
     assert padded.sum() == pytest.approx(volume.sum())
+
+
+def with_norms_recomputed(network: nn.Module) -> nn.Module:
+    return checkpoint_blocks(network, keep_convolutions=True)
+
+
+UPDOWN = tiny.config(diffusion_def={"resblock_updown": True})
+NETWORKS_TO_RECOMPUTE = NETWORKS | {
+    "unet that resamples in blocks": lambda: (tiny.unet(UPDOWN).train(), NETWORKS["unet"]()[1])
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS_TO_RECOMPUTE)
+@pytest.mark.parametrize("recompute", [checkpoint_blocks, with_norms_recomputed])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputing_changes_no_bit_of_a_gradient(name: str, recompute: Any, autocast: bool) -> None:
+    results = []
+    for prepare in (lambda network: network, recompute):
+        network, inputs = NETWORKS_TO_RECOMPUTE[name]()
+        prepare(network)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(gradients(network, *inputs))
+    assert len(results[0]) > 20
+    assert tiny.equal_states(results[0], results[1])
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is really computed, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_convolutions_that_are_kept_are_not_computed_again(name: str) -> None:
+    convolutions, norms = [], []
+    for prepare in (lambda network: network, with_norms_recomputed, checkpoint_blocks):
+        network, inputs = NETWORKS[name]()
+        prepare(network)
+        with Operations() as operations:
+            gradients(network, *inputs)
+        convolutions.append(operations.counts["aten.convolution.default"])
+        norms.append(operations.counts["aten.native_group_norm.default"])
+    assert convolutions[0] == convolutions[1] < convolutions[2]
+    assert norms[0] < norms[1] == norms[2]
