@@ -68,8 +68,8 @@ class AutoencoderStage:
         self.discriminator_optimizer = Optimizer(
             self.discriminator.parameters(), train, total_steps, Precision(cfg.amp, device), cfg.max_skipped_steps
         )
-        self.parallel_autoencoder = parallel(self.autoencoder, device)
-        self.parallel_discriminator = parallel(self.discriminator, device)
+        self.parallel_autoencoder = parallel(self.autoencoder, device, train.accumulate_steps)
+        self.parallel_discriminator = parallel(self.discriminator, device, train.accumulate_steps)
 
     def train_step(self, batch: Batch, random: StepRandom, adversarial: bool) -> dict[str, Tensor]:
         """One step of the autoencoder and, after the warm-up, of the discriminator.

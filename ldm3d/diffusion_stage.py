@@ -56,7 +56,7 @@ class DiffusionStage:
         self.diffusion = build_diffusion(cfg.noise_schedule)
         self.precision = Precision(cfg.amp, device)
         self.optimizer = Optimizer(self.unet.parameters(), train, total_steps, self.precision, cfg.max_skipped_steps)
-        self.parallel_unet = parallel(self.unet, device)
+        self.parallel_unet = parallel(self.unet, device, train.accumulate_steps)
 
     def train_step(self, batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         """One step on latents as the autoencoder gave them.

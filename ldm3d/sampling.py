@@ -125,14 +125,14 @@ class Sampler:
     def decode(self, latent: Tensor) -> Tensor:
         """Scaled latent (1, C, X, Y, Z) -> volume (1, 1, X', Y', Z') in [0, 1], float32 on the CPU.
 
-        How is kept as `decoding`, and logged when it is another way than before.
+        How is kept as `decoding`, and logged where it is in pieces or windows and was not so before.
 
         Raises:
             ConfigError: there is not memory enough.
         """
         latent = self.statistics.restore(latent)
         plan = choose_plan(self.autoencoder, latent, self.decode_bytes, self.precision.enabled)
-        if str(plan) != str(self.decoding):
+        if str(plan) != str(self.decoding) and (plan.slab_bytes or plan.window):
             log(f"decoding: {plan}, about {plan.peak / GIB:.2g} GiB")
         self.decoding = plan
         with self.precision.autocast():

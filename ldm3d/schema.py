@@ -217,7 +217,7 @@ class Config(Strict):
     """torch.compile on a GPU. No effect on a CPU, where it brings nothing."""
     sync_bn: bool = False
     """Synchronise batch normalisation over processes."""
-    use_checkpointing: bool | Literal["blocks", "norms"] = False
+    use_checkpointing: Literal[False, True, "blocks", "norms"] = False
     """Compute activations again in the backward pass instead of keeping them: off, "norms" (normalisations and
     activation functions, the convolutions' results are kept) or "blocks" (whole residual blocks; true is the same).
     Kept by the 32g networks under autocast: "norms" 31 %, "blocks" 24 % of the autoencoder's activations, 30 % and 24 %
@@ -343,5 +343,5 @@ class Environment(Strict):
     """Generated volumes."""
     data_base_dir: Path
     """The data set."""
-    resume_ckpt: bool | Literal["auto"] = False
+    resume_ckpt: Literal[False, True, "auto"] = False
     """`true` does the same as `--resume`, `"auto"` the same as `--resume auto`."""

@@ -28,16 +28,18 @@ def prepare_network(network: Any, cfg: Config, device: torch.device) -> Any:
     return network
 
 
-def parallel(network: nn.Module, device: torch.device) -> nn.Module:
+def parallel(network: nn.Module, device: torch.device, accumulate_steps: int = 1) -> nn.Module:
     """Average gradients over processes where there are several.
 
-    Static graph: every step uses every parameter in the same way, so nothing is searched for unused ones, and
-    recomputed activations are allowed.
+    Static graph: every step uses every parameter in the same way, which lets recomputed activations and overlapping
+    communication go together. Not where gradients are accumulated: torch refuses that (2.13, in `no_sync`).
     """
     if distributed.world_size() == 1:
         return network
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, static_graph=True)
+    return DistributedDataParallel(
+        network, device_ids=ids, gradient_as_bucket_view=True, static_graph=accumulate_steps == 1
+    )
 
 
 @contextmanager

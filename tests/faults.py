@@ -89,6 +89,13 @@ def die_at_step(step: int) -> None:
         )
 
 
+def hang_at_step(step: int) -> None:
+    """This process, of several, stops answering in the training step of this number."""
+    from ldm3d.autoencoder_stage import AutoencoderStage
+
+    _before(AutoencoderStage, "train_step", lambda _, batch, random, *more: random.step == step and time.sleep(10_000))
+
+
 def kill_after(seconds: float) -> None:
     """Die so many seconds from now, wherever that may be."""
     timer = threading.Timer(seconds, lambda: _signal("SIGKILL"))

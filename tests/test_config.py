@@ -433,7 +433,7 @@ def test_a_configuration_cannot_be_changed_later(tmp_path: Path) -> None:
         ({"model_dir": ...}, "model_dir: is missing"),
         ({"modeldir": "x"}, "modeldir: no such key; did you mean 'model_dir'?"),
         ({"output_dir": 3}, "output_dir: 3: "),
-        ({"resume_ckpt": "yes"}, "resume_ckpt: 'yes': Input should be a valid boolean"),
+        ({"resume_ckpt": "yes"}, "resume_ckpt: 'yes': Input should be False, True or 'auto'"),
     ],
     ids=lambda value: "-".join(value) * isinstance(value, dict),
 )

@@ -137,7 +137,7 @@ def test_without_blocks_it_is_monais_autoencoder() -> None:
     ours = tiny.autoencoder(cfg)
     torch.manual_seed(0)
     monais = AutoencoderKL(**cfg.autoencoder_def.model_dump(exclude={"patchify"})).eval()
-    assert type(ours) is AutoencoderKL
+    assert isinstance(ours, AutoencoderKL) and type(ours) is not PatchAutoencoderKL
     nn.init.constant_(monais.quant_conv_log_sigma.conv.bias, ours.quant_conv_log_sigma.conv.bias[0].item())
     assert tiny.equal_states(ours.state_dict(), monais.state_dict())
 
