@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm3d import distributed
 from ldm3d.console import log, shows_bars
 from ldm3d.tracking import Tracker
 
@@ -148,6 +149,7 @@ class EpochLog:
         """One line on stderr: epoch, loss, shares of its terms, validation, speed, memory, time left; and events."""
         if not self.volumes:  # stopped between an epoch's last step and its end, resumed here
             return
+        self._sum_over_processes()
         averages, shares, loss, performance = self.averages(), self.shares(), self.loss(), self.performance()
         seconds_left = self._seconds_of_epoch() * (self.epochs - self.epoch)
         log(
@@ -171,6 +173,14 @@ class EpochLog:
         self.tracker.scalars("train", averages | {"loss": loss, "learning_rate": learning_rate}, self.step)
         self.tracker.scalars("share", shares, self.step)
         self.tracker.scalars("performance", performance, self.step)
+
+    def _sum_over_processes(self) -> None:
+        """Let the averages be those of all volumes; each process has made as many steps of as many volumes."""
+        if distributed.world_size() == 1:
+            return
+        sums = torch.stack([total.detach().double().cpu() for total in self.sums.values()])
+        means = distributed.all_sum(sums) / distributed.world_size()
+        self.sums = dict(zip(self.sums, means.unbind(), strict=True))
 
     def _seconds_of_epoch(self) -> float:
         """A whole epoch's steps at this one's pace, and what comes after them."""
