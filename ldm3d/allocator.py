@@ -27,6 +27,19 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
+def as_glibc_is() -> Iterator[None]:
+    """Within, memory is served as it would be without `keep_freed_memory`: for comparisons with other programs.
+
+    The limits are those that glibc's own come to in a program with large tensors.
+    """
+    _tell_glibc({M_MMAP_MAX: DEFAULT_MMAP_MAX, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26})
+    try:
+        yield
+    finally:
+        keep_freed_memory()
+
+
+@contextmanager
 def freed_memory_returned() -> Iterator[None]:
     """Within, tensors that are freed are the system's at once: for work that must stay below a limit.
 

@@ -1,6 +1,7 @@
 """From prepared volumes to batches. What an epoch holds is a function of (seed, epoch, position) alone."""
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -13,12 +14,14 @@ from ldm3d import distributed
 from ldm3d.cache import VolumeCache, to_float
 from ldm3d.cases import CHANNELS, Case, cache_folder, find_cases
 from ldm3d.console import log
-from ldm3d.errors import UserError
+from ldm3d.errors import ConfigError, UserError
 from ldm3d.schema import Config, Environment, Optimization
 from ldm3d.splits import Split, split_cases
 from ldm3d.volumes import crop_or_pad, padded_size
 
 T = TypeVar("T")
+# A socket's path has at most 103 characters (macOS; Linux: 107), of which Python's own part takes 32.
+LONGEST_TEMPORARY_PATH = 70
 Stage = Literal["autoencoder", "diffusion"]
 Key = tuple[int, int]
 """Epoch, and visit: the number of a volume, counted on past the last one where volumes are visited again."""
@@ -175,6 +178,9 @@ def train_loader(prepared: Prepared, cfg: Config, stage: Stage) -> "DataLoader[d
 
     Stage 1 cuts at random, stage 2 out of the middle. Before each epoch call
     `loader.batch_sampler.set_epoch(epoch, start)`.
+
+    Raises:
+        ConfigError: the temporary folder's path is too long for the sockets of the processes that load.
     """
     train: Optimization = cfg.autoencoder_train if stage == "autoencoder" else cfg.diffusion_train
     cases = prepared.split.train
@@ -182,6 +188,7 @@ def train_loader(prepared: Prepared, cfg: Config, stage: Stage) -> "DataLoader[d
         prepared.cache, cases, train.patch_size, cfg.seed, random_crop=stage == "autoencoder", flip=train.flip
     )
     workers = cfg.data.num_workers
+    _require_short_sockets(workers)
     return DataLoader(
         dataset,
         batch_sampler=EpochSampler(len(cases), train.batch_size * train.accumulate_steps, cfg.seed),
@@ -191,6 +198,16 @@ def train_loader(prepared: Prepared, cfg: Config, stage: Stage) -> "DataLoader[d
         # A loader without its own generator draws from torch's global one, and resume would not be exact.
         generator=torch.Generator(),
     )
+
+
+def _require_short_sockets(workers: int) -> None:
+    """Refuse what would make the loaders' processes hang: Python does not say that its sockets cannot be made."""
+    folder = tempfile.gettempdir()
+    if workers and len(folder) > LONGEST_TEMPORARY_PATH:
+        raise ConfigError(
+            f"TMPDIR {folder}: processes that load data need sockets there, whose paths must be short; "
+            f"use one of at most {LONGEST_TEMPORARY_PATH} characters, or data.num_workers=0"
+        )
 
 
 def validation_loader(prepared: Prepared, cfg: Config, stage: Stage) -> "DataLoader[dict[str, Any]]":

@@ -15,10 +15,11 @@ import torch
 from nifti_files import make_cases, write
 from torch.utils.data import DataLoader
 
+from ldm3d import data
 from ldm3d.cache import VolumeCache
 from ldm3d.cases import Case, find_cases
 from ldm3d.data import EpochSampler, PatchDataset, WholeVolumes, prepare_data, train_loader, validation_loader
-from ldm3d.errors import DataError
+from ldm3d.errors import ConfigError, DataError
 from ldm3d.schema import Config, DataConfig, Environment
 
 ROOT = Path(__file__).parents[1]
@@ -319,3 +320,12 @@ def test_real_cases_without_the_contrast(tmp_path: Path) -> None:
         cache.build(cases)
     names = ["TCGA-DU-7294", "TCGA-FG-6692", "patient07", "patient19"]
     assert [case.name for case in cache.build(cases, "skip")] == names
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.tempfile, "tempdir", "/tmp/" + "long" * 20)
+    data._require_short_sockets(0)
+    with pytest.raises(ConfigError, match=r"TMPDIR /tmp/longlong.*at most 70 characters, or data.num_workers=0"):
+        data._require_short_sockets(1)
+    monkeypatch.setattr(data.tempfile, "tempdir", "/tmp")
+    data._require_short_sockets(1)

@@ -184,6 +184,10 @@ def problems_of_launcher(script: str, arguments: list[str]) -> list[str]:
     return problems + problems_of_script("train_autoencoder.py", [*files, *handed])
 
 
+# Of sbatch, which is not here to be asked.
+SLURM = {"--requeue", "--signal"}
+
+
 def problems_of_command(words: list[str]) -> list[str]:
     """What is wrong with a command that a document shows."""
     program, *rest = words
@@ -207,7 +211,10 @@ def problems_of_command(words: list[str]) -> list[str]:
         return [] if fine else [f"{name} refuses {rest}"]
     if name.endswith(".sh"):
         return problems_of_launcher(name, rest)
-    return [] if name in ("source", "ruff", "tensorboard") else [f"nobody checks {name}"]
+    if name == "srun":
+        return problems_of_command(rest)
+    known = name in ("source", "export", "ruff", "tensorboard") or re.match(r"\w+=", program)
+    return [] if known else [f"nobody checks {name}"]
 
 
 @each_document
@@ -256,6 +263,7 @@ def test_every_option_of_a_script_stands_in_its_section(script: str) -> None:
 @each_document
 def test_options_that_are_named_exist(document: Path) -> None:
     known = set().union(*map(options_of, SCRIPTS)) | set(re.findall(r"--?[a-z]+", (ROOT / "train_LDM.sh").read_text()))
+    known |= {option for action in get_args_parser()._actions for option in action.option_strings} | SLURM
     named = {span.split()[0] for span in spans(document.read_text()) if re.match("--?[a-z]", span)}
     assert named - known == set()
 
