@@ -123,8 +123,8 @@ class Optimizer:
         else:
             self.skipped += 1
             log(
-                "notice: gradients beyond float16's range: a step was left out, "
-                f"{self.skipped} in a row of at most {self.max_skipped}; loss scale now {self.scaler.get_scale():g}"
+                f"notice: gradients beyond float16's range: a network's step was left out, {self.skipped} in a row "
+                f"of at most {self.max_skipped}; loss scale now {self.scaler.get_scale():g}"
             )
         self.adamw.zero_grad(set_to_none=True)
 
