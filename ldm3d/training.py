@@ -60,7 +60,9 @@ class Precision:
     def __init__(self, amp: bool, device: torch.device):
         self.device = device
         self.enabled = amp and device.type == "cuda"
-        self.dtype = torch.bfloat16 if self.enabled and torch.cuda.is_bf16_supported() else torch.float16
+        # Older GPUs emulate bfloat16, which torch counts as support unless told otherwise.
+        has_bfloat16 = self.enabled and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.dtype = torch.bfloat16 if has_bfloat16 else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and self.dtype == torch.float16)
 
     def autocast(self) -> AbstractContextManager[Any]:

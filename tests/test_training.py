@@ -151,6 +151,17 @@ def test_precision_on_a_cpu_is_float32() -> None:
         assert nn.Linear(4, 4)(torch.rand(2, 4)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("has_units", [True, False])
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")
+def test_a_gpu_that_only_emulates_bfloat16_uses_float16(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return has_units or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    precision = Precision(True, torch.device("cuda"))
+    assert precision.dtype == (torch.bfloat16 if has_units else torch.float16)
+
+
 # Bad numbers
 
 
