@@ -75,7 +75,8 @@ def replay(path: Path, stage: Any) -> None:
         try:
             with torch.autograd.set_detect_anomaly(True):
                 terms = stage.train_step(kept["batch"], random, *kept["more"])
-            outcome = "the step is finite here: " + ", ".join(f"{name} = {float(v):g}" for name, v in terms.items())
+            values = ", ".join(f"{name} = {float(value):g}" for name, value in terms.items())
+            outcome = f"the step is finite here: {values}"
         except NonFiniteLoss as error:
             outcome = str(error)
         except RuntimeError as error:
