@@ -1,6 +1,6 @@
 """Predicted memory against measured memory.
 
-python benchmarks/memory_check.py --output benchmarks/results/memory_cpu.json
+python -m benchmarks.memory_check --output benchmarks/results/memory_cpu.json
 
 On a CPU: training steps of both stages with real tensors, each in a process of its own. Measured are the peak of live
 tensors and the growth of resident memory. On a GPU (--gpu): the configurations for 16 and 32 GB as they are, under a
@@ -9,32 +9,27 @@ cap of so much memory, against `max_memory_allocated` and `max_memory_reserved`.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from ldm3d.autoencoder_stage import AutoencoderStage  # noqa: E402
-from ldm3d.config import load_config  # noqa: E402
-from ldm3d.diffusion_stage import DiffusionStage  # noqa: E402
-from ldm3d.latents import LatentStatistics  # noqa: E402
-from ldm3d.live_bytes import LiveBytes, autocast_as_on_cuda  # noqa: E402
-from ldm3d.memory_advice import needed  # noqa: E402
-from ldm3d.memory_phases import TRACED, TracedAutoencoder, TracedDiffusion, TracedStage  # noqa: E402
-from ldm3d.randomness import StepRandom  # noqa: E402
+from benchmarks.measure import write_result
+from ldm3d.autoencoder_stage import AutoencoderStage
+from ldm3d.config import load_config
+from ldm3d.diffusion_stage import DiffusionStage
+from ldm3d.latents import LatentStatistics
+from ldm3d.live_bytes import LiveBytes, autocast_as_on_cuda
+from ldm3d.memory_advice import needed
+from ldm3d.memory_phases import TRACED, TracedAutoencoder, TracedDiffusion, TracedStage
+from ldm3d.randomness import StepRandom
 
 GIB = 2**30
-CONFIG = ROOT / "config" / "config_train_16g.json"
+CONFIG = Path("config/config_train_16g.json")
 NO_PERCEPTUAL = ["autoencoder_train.perceptual_weight=0"]
 TINY = [
     *NO_PERCEPTUAL,
@@ -86,15 +81,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for row in on_gpu() if args.gpu else on_cpu():
         rows.append(row)
-        write(args, rows)
-
-
-def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    if args.output:
-        machine = torch.cuda.get_device_name() if args.gpu else f"{platform.machine()}, {os.cpu_count()} cores"
-        facts = {"machine": machine, "torch": torch.__version__, "time": datetime.now(UTC).isoformat("T", "seconds")}
-        command = " ".join(["python", "benchmarks/memory_check.py", *sys.argv[1:]])
-        args.output.write_text(json.dumps({**facts, "command": command, "rows": rows}, indent=2) + "\n")
+        if args.output:
+            write_result(args.output, {"rows": rows})
 
 
 def on_cpu() -> Iterator[dict[str, Any]]:
@@ -125,7 +113,7 @@ def steps(traced: TracedStage) -> Iterator[tuple[str, str | bool, int]]:
 
 
 def in_own_process(task: dict[str, Any]) -> Any:
-    command = [sys.executable, __file__, "--measure", json.dumps(task)]
+    command = [sys.executable, "-m", "benchmarks.memory_check", "--measure", json.dumps(task)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -173,7 +161,7 @@ def on_gpu() -> Iterator[dict[str, Any]]:
 def gpu_settings(task: dict[str, Any]) -> Any:
     mode = [] if task["mode"] == "as configured" else [f"use_checkpointing={task['mode']}"]
     # The perceptual network's weights are a download; without them training goes on without the term.
-    return load_config(ROOT / "config" / f"config_train_{task['gib']}g.json", [*NO_PERCEPTUAL, *mode])
+    return load_config(Path("config") / f"config_train_{task['gib']}g.json", [*NO_PERCEPTUAL, *mode])
 
 
 def predict_gpu(task: dict[str, Any]) -> int:

@@ -23,6 +23,7 @@ from ldm3d.training import (
     guarded_step,
     parallel,
     prepare_network,
+    require_finite_validation,
     value_range,
 )
 from ldm3d.weights import (
@@ -159,15 +160,24 @@ class AutoencoderStage:
         """PSNR (dB), SSIM and L1 over the whole validation set, and the first volume with its reconstruction.
 
         Nothing where no process was given a volume.
+
+        Raises:
+            NonFiniteValidation: on all processes.
         """
         self.autoencoder.eval()
-        rows, shown = [], None
+        rows: list[dict[str, float]] = []
+        bad: list[str] = []
+        shown = None
         for batch in loader:
             image, reconstructed = batch["image"], self.reconstruct(batch["image"])
             measures = reconstruction([image[0, 0].numpy()], [reconstructed[0, 0].cpu().numpy()])
+            # None is what is not finite: all three of a bad reconstruction, PSNR alone of a perfect one.
             rows.append({name: float(measure["value"] or 0.0) for name, measure in measures.items()})
+            if measures["l1"]["value"] is None:
+                bad += batch["case"]
             shown = shown or (image[0, 0], reconstructed[0, 0])
         self.autoencoder.train()
+        require_finite_validation("l1", bad)
         gathered = [row for part in distributed.gather_objects(rows) for row in part]
         names = gathered[0] if gathered else {}
         return {name: sum(row[name] for row in gathered) / len(gathered) for name in names}, shown

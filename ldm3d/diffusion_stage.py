@@ -24,6 +24,7 @@ from ldm3d.training import (
     guarded_step,
     parallel,
     prepare_network,
+    require_finite_validation,
     value_range,
 )
 from ldm3d.weights import LATENT_MEAN, UNET, DiffusionCard, check_definition, load_into, read_weights, save_weights
@@ -108,16 +109,23 @@ class DiffusionStage:
 
         Returns:
             `loss` over all, and `level_1` (least noise) to `level_8` (most).
+
+        Raises:
+            NonFiniteValidation: on all processes.
         """
         share = range(distributed.rank(), len(cache), distributed.world_size())
         sums = torch.zeros(VALIDATION_LEVELS + 1, dtype=torch.float64)
         timesteps = self.diffusion.grid(VALIDATION_LEVELS).to(self.device)
+        bad = []
         for index in takewhile(lambda _: going_on(), share):
             clean = self.statistics.normalise(cache.mean(index, self.device))
             generator = torch.Generator().manual_seed(VALIDATION_SEED + index)
             noise = torch.randn((VALIDATION_LEVELS, *clean.shape[1:]), generator=generator).to(self.device)
             losses = self._losses(self.ema.network, clean.expand(len(noise), -1, -1, -1, -1), noise, timesteps)
             sums += torch.cat([losses, torch.ones(1, device=self.device)]).double().cpu()
+            if not torch.isfinite(losses).all():
+                bad.append(cache.cases[index])
+        require_finite_validation("loss", bad)
         sums = distributed.all_sum(sums)
         by_level = (sums[:-1] / sums[-1]).tolist()
         return {"loss": sum(by_level) / len(by_level)} | {f"level_{i + 1}": v for i, v in enumerate(by_level)}

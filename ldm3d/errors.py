@@ -29,6 +29,12 @@ class WeightsError(UserError):
     """Published weights that are missing, damaged, or of another architecture."""
 
 
+class LatentsError(WeightsError):
+    """Latents that cannot be kept, of an autoencoder that makes them too large. Met where the volume is encoded."""
+
+    met_by_one = True
+
+
 class CheckpointError(UserError):
     """Training state that cannot be written, or cannot be resumed from."""
 
@@ -68,5 +74,21 @@ class NonFiniteLoss(UserError):
         replay = f"; make this step again, and see where, with --replay {self.replay}" if self.replay else ""
         return (
             f"training stopped at step {self.step}: not finite ({terms}) on cases {', '.join(self.cases)}{ranges}; "
-            f"no weight was touched, the last checkpoint is intact{replay}; see docs/NaN_FIX_GUIDE.md"
+            f"this step touched neither weights nor files{replay}; see docs/NaN_FIX_GUIDE.md"
+        )
+
+
+class NonFiniteValidation(UserError):
+    """Validation met NaN or infinity: nobody can say how good the weights are.
+
+    Args:
+        measure: the one that weights are chosen by.
+        cases: names of the volumes on which it is not finite.
+    """
+
+    def __init__(self, measure: str, cases: list[str]):
+        shown = ", ".join(cases[:5]) + (f" and {len(cases) - 5} more" if len(cases) > 5 else "")
+        super().__init__(
+            f"validation is not finite: {measure} on cases {shown}; these weights were not published, what was saved "
+            "and published before is intact; see docs/NaN_FIX_GUIDE.md"
         )

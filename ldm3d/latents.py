@@ -19,9 +19,10 @@ from torch.utils.data import Dataset
 
 from ldm3d import distributed
 from ldm3d.console import log, progress
-from ldm3d.errors import OutputError
+from ldm3d.errors import LatentsError, OutputError, WeightsError
 from ldm3d.files import write_text
 from ldm3d.randomness import StepRandom
+from ldm3d.training import value_range
 
 CACHE_VERSION = 1
 Volumes = Dataset[dict[str, object]]
@@ -89,6 +90,9 @@ class LatentCache:
 
         Args:
             centre: subtract the mean of each latent voxel, for data that lie in one template space.
+
+        Raises:
+            WeightsError: the latents are not finite, or all alike: nothing can be learned of them.
         """
         rank, world = distributed.rank(), distributed.world_size()
         total = torch.zeros(2, *self.latent_shape, dtype=torch.float64)
@@ -104,6 +108,11 @@ class LatentCache:
             variance = (voxel_square - voxel_mean.square()).mean()
         else:
             variance = voxel_square.mean() - voxel_mean.mean().square()
+        if not 0 < variance < torch.inf:
+            raise WeightsError(
+                f"{self.posteriors.filename}: the latents have variance {variance:.4g}, of which nothing can be "
+                "learned: train the autoencoder again, or remove this file if it was; see docs/NaN_FIX_GUIDE.md"
+            )
         mean = voxel_mean.float() if centre else torch.zeros(1, 1, 1, 1)
         return LatentStatistics(mean, float(variance.rsqrt()))
 
@@ -130,6 +139,7 @@ def build_latent_cache(
 
     Raises:
         OutputError: the cache cannot be written.
+        LatentsError: a volume's latents are not finite, or too large for float16.
     """
     count = len(contents)
     image_shape = list(volumes[0]["image"].shape)  # type: ignore[attr-defined]
@@ -184,4 +194,20 @@ def _encode(
     image: Tensor = item["image"]  # type: ignore[assignment]
     views = torch.stack([image, image.flip(1)] if flip else [image]).to(device)
     mean, sigma = autoencoder.encode(views)
-    return torch.stack([mean, sigma], dim=1).half().cpu().numpy(), str(item["case"])
+    return _as_float16(torch.stack([mean, sigma], dim=1), str(item["case"])), str(item["case"])
+
+
+def _as_float16(posterior: Tensor, case: str) -> np.ndarray:
+    """For the cache; a sigma too small for float16 becomes 0, which only takes that little noise away.
+
+    Raises:
+        LatentsError: a value is not finite there.
+    """
+    stored = posterior.half()
+    if not torch.isfinite(stored).all():
+        largest = torch.finfo(stored.dtype).max
+        raise LatentsError(
+            f"{case}: its latents are {value_range(posterior)}; float16, in which they are kept, ends at {largest:g}. "
+            "The autoencoder has diverged: train it again; see docs/NaN_FIX_GUIDE.md"
+        )
+    return stored.cpu().numpy()

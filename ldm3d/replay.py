@@ -1,5 +1,6 @@
 """A step that met NaN or infinity: kept on disk, and made again where one can see where it began."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from ldm3d.checkpoint import read_state, write_state
 from ldm3d.console import log
 from ldm3d.errors import CheckpointError, NonFiniteLoss, OutputError
 from ldm3d.randomness import StepRandom
+from ldm3d.training import value_range
 
 Batch = dict[str, Any]
 
@@ -67,13 +69,14 @@ def replay(path: Path, stage: Any) -> None:
         raise CheckpointError(f"--replay {path}: is of another network than the configuration describes") from error
     random = StepRandom(count=len(kept["batch"]["case"]), device=stage.device, **kept["random"])
     log(f"replaying step {random.step} on cases {', '.join(kept['batch']['case'])}")
-    log(f"weights: {_bad_weights(stage)}")
+    log(f"weights: {_state_of_weights(stage)}")
     with _first_bad_output(stage) as found, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         try:
             with torch.autograd.set_detect_anomaly(True):
                 terms = stage.train_step(kept["batch"], random, *kept["more"])
-            outcome = "the step is finite here: " + ", ".join(f"{name} = {float(v):g}" for name, v in terms.items())
+            values = ", ".join(f"{name} = {float(value):g}" for name, value in terms.items())
+            outcome = f"the step is finite here: {values}"
         except NonFiniteLoss as error:
             outcome = str(error)
         except RuntimeError as error:
@@ -83,14 +86,18 @@ def replay(path: Path, stage: Any) -> None:
     log(outcome)
 
 
-def _bad_weights(stage: Any) -> str:
-    bad = [
-        f"{network}.{name}"
+def _state_of_weights(stage: Any) -> str:
+    """Which are not finite; else how large the largest is, which tells a network that has diverged."""
+    largest = {
+        f"{network}.{name}": weight.detach().abs().max().item()
         for network, module in _networks(stage)
         for name, weight in module.named_parameters()
-        if not torch.isfinite(weight).all()
-    ]
-    return f"not finite in {', '.join(bad[:5])}" if bad else "all finite"
+    }
+    bad = [name for name, value in largest.items() if not math.isfinite(value)]
+    if bad:
+        return f"not finite in {', '.join(bad[:5])}"
+    worst = max(largest, key=lambda name: largest[name])
+    return f"all finite, the largest {largest[worst]:.4g} in {worst}"
 
 
 @contextmanager
@@ -102,7 +109,7 @@ def _first_bad_output(stage: Any) -> Iterator[list[str]]:
         outputs = output if isinstance(output, tuple | list) else [output]
         if not found and not all(_finite(value) for value in outputs):
             entered = "finite input" if all(_finite(value) for value in inputs) else "input that was not finite"
-            found.append(f"{name} made the first output that is not finite, of {entered}")
+            found.append(f"{name} made the first output that is not finite, of {entered} ({value_range(inputs[0])})")
 
     handles = [
         module.register_forward_hook(lambda _, inputs, output, name=f"{network}.{name}": look(name, inputs, output))

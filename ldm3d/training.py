@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm3d import distributed
-from ldm3d.errors import NonFiniteLoss
+from ldm3d.console import log
+from ldm3d.errors import NonFiniteLoss, NonFiniteValidation
 from ldm3d.networks import checkpoint_blocks, compile_blocks
 from ldm3d.schema import Config, Optimization
 
@@ -63,7 +64,9 @@ class Precision:
     def __init__(self, amp: bool, device: torch.device):
         self.device = device
         self.enabled = amp and device.type == "cuda"
-        self.dtype = torch.bfloat16 if self.enabled and torch.cuda.is_bf16_supported() else torch.float16
+        # Older GPUs emulate bfloat16, which torch counts as support unless told otherwise.
+        has_bfloat16 = self.enabled and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.dtype = torch.bfloat16 if has_bfloat16 else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.enabled and self.dtype == torch.float16)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -120,9 +123,15 @@ class Optimizer:
         """Change the weights; where the gradients are not finite, which only a loss scaler may meet, nothing."""
         self.scaler.step(self.adamw)
         self.scaler.update()
-        self.skipped = 0 if finite else self.skipped + 1
         if finite:
+            self.skipped = 0
             self.schedule.step()
+        else:
+            self.skipped += 1
+            log(
+                f"notice: gradients beyond float16's range: a network's step was left out, {self.skipped} in a row "
+                f"of at most {self.max_skipped}; loss scale now {self.scaler.get_scale():g}"
+            )
         self.adamw.zero_grad(set_to_none=True)
 
     @property
@@ -175,6 +184,23 @@ def guarded_step(
     for optimizer, is_good in zip(optimizers, good, strict=True):
         optimizer.update(is_good)
     return norms
+
+
+def require_finite_validation(measure: str, bad: list[str]) -> None:
+    """Stop where any process has met a validation volume of which the measure is not finite; all processes call it.
+
+    NaN is no better than anything: a training that went on would never publish again, and not say why.
+
+    Args:
+        measure: the one by which weights are chosen.
+        bad: names of such volumes on this process.
+
+    Raises:
+        NonFiniteValidation: on all processes.
+    """
+    cases = [case for part in distributed.gather_objects(bad) for case in part]
+    if cases:
+        raise NonFiniteValidation(measure, cases)
 
 
 def scaled_learning_rate(train: Optimization) -> float:

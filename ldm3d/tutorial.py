@@ -15,7 +15,7 @@ from ldm3d.latents import LatentStatistics
 from ldm3d.networks import build_autoencoder, build_unet
 from ldm3d.sampling import Sampler
 from ldm3d.schema import Config
-from ldm3d.weights import DiffusionCard, Network, load_into, read_pickled
+from ldm3d.weights import DiffusionCard, Network, load_into, read_pickled, require_finite
 
 AUTOENCODER, UNET = "autoencoder.pt", "diffusion_unet.pt"
 
@@ -75,13 +75,14 @@ def read_tutorial_weights(path: Path, network: Network) -> Network:
     Only tensors are read: a pickle that would run code is refused by torch's `weights_only` loader.
 
     Raises:
-        WeightsError: the file is damaged, holds code, or belongs to another architecture.
+        WeightsError: the file is damaged, holds code, NaN or infinity, or belongs to another architecture.
     """
     state = read_pickled(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise WeightsError(f"{path}: does not hold a state dict of tensors")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    require_finite(state, path)
     return load_into(network, _renamed(network, state) or state, path)
 
 

@@ -85,7 +85,7 @@ def read_weights(path: Path, card_type: type[Card]) -> tuple[dict[str, Tensor], 
     """Read weights and card.
 
     Raises:
-        WeightsError: the file is missing, damaged, of another kind, or of a newer format.
+        WeightsError: the file is missing, damaged, of another kind, of a newer format, or holds NaN or infinity.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights; train them first, or name their folder as model_dir")
@@ -101,10 +101,23 @@ def read_weights(path: Path, card_type: type[Card]) -> tuple[dict[str, Tensor], 
     if version != FORMAT_VERSION:
         raise WeightsError(f"{path}: format version {version}; this code reads version {FORMAT_VERSION}")
     try:
-        return tensors, card_type.model_validate_json(metadata["ldm3d"])
+        card = card_type.model_validate_json(metadata["ldm3d"])
     except ValidationError as error:
         first = error.errors()[0]
         raise WeightsError(f"{path}: is not {card_type.__name__}: {first['loc']}: {first['msg']}") from error
+    require_finite(tensors, path)
+    return tensors, card
+
+
+def require_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuse weights that hold NaN or infinity. Raises `WeightsError`, naming the first of them."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        count = int((~torch.isfinite(tensors[bad[0]])).sum())
+        raise WeightsError(
+            f"{path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity (first: {bad[0]}, {count} of "
+            f"{tensors[bad[0]].numel()} values); nothing can be made of such weights: take others, or train again"
+        )
 
 
 def _format_version(description: str) -> object:

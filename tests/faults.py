@@ -125,6 +125,19 @@ def not_finite_at_step(step: int, where: str) -> None:
         _before(stage, "train_step", spoil)
 
 
+def float16_on_the_cpu(scale: float) -> None:
+    """Autocast to float16 with loss scaling, as on a GPU without bfloat16, from this scale on."""
+    import torch
+
+    from ldm3d.training import Precision
+
+    def prepare(precision: Any, amp: bool, device: Any) -> None:
+        precision.device, precision.enabled, precision.dtype = device, amp, torch.float16
+        precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=amp)
+
+    Precision.__init__ = prepare  # type: ignore[method-assign]
+
+
 def interrupt_while_preparing() -> None:
     """Ctrl-C while the data set is looked through."""
     from ldm3d import data

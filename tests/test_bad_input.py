@@ -14,7 +14,7 @@ import torch
 from scripts import Desk, Result, tree
 
 import utils
-from ldm3d.errors import DataError, NonFiniteLoss
+from ldm3d.errors import DataError, LatentsError, NonFiniteLoss
 from ldm3d.nifti import read_volume, write_volume
 from ldm3d.tutorial import AUTOENCODER, UNET
 
@@ -399,7 +399,8 @@ def test_traceback_for_those_who_ask(desk: Desk, run: Run) -> None:
 
 def test_an_error_that_only_another_process_has_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(utils.distributed, "is_main", lambda: False)
-    for error, said in ((DataError("known to all"), ""), (NonFiniteLoss(3, {"l1": float("nan")}, ["a"]), "error: ")):
+    of_one = (NonFiniteLoss(3, {"l1": float("nan")}, ["a"]), LatentsError("a volume of one process"))
+    for error, said in ((DataError("known to all"), ""), *((error, "error: ") for error in of_one)):
         with pytest.raises(SystemExit) as stop:
             utils.run_script(partial(raises, error))
         assert stop.value.code == 2 and capsys.readouterr().err[:7] == said

@@ -13,7 +13,7 @@ import torch
 from test_weights import no_file_larger_than
 
 from ldm3d.autoencoder_stage import AutoencoderStage
-from ldm3d.checkpoint import load_state, save_state
+from ldm3d.checkpoint import Checkpoints, read_state
 from ldm3d.diffusion_stage import DiffusionStage
 from ldm3d.errors import CheckpointError, OutputError
 from ldm3d.latents import LatentStatistics
@@ -27,6 +27,10 @@ FINGERPRINT = {"seed": 0, "autoencoder_def": {"channels": (8, 16)}}
 
 def config(**changes: Any) -> Config:
     return tiny.config(autoencoder_train=RISING_AND_FALLING, diffusion_train=RISING_AND_FALLING, **changes)
+
+
+def checkpoints(path: Path, keep_last: int = 1) -> Checkpoints:
+    return Checkpoints(path, keep_last, every_minutes=10)
 
 
 def autoencoder_stage(cfg: Config) -> AutoencoderStage:
@@ -73,11 +77,11 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path: Path, name: str, s
     interrupted = build(cfg)
     said = run(interrupted, step, 0, saved_after)
     position = Position(epoch=1, step=saved_after, best=0.25)
-    save_state(tmp_path / "last.pt", position.state(interrupted.state_dict(), FINGERPRINT))
+    checkpoints(tmp_path / "last.pt").save(position.state(interrupted.state_dict(), FINGERPRINT))
     run(interrupted, step, saved_after, 6)  # what it does afterwards does not reach the file
     torch.manual_seed(999)  # nor does the random state of another process
 
-    state = load_state(tmp_path / "last.pt", FINGERPRINT)
+    state = checkpoints(tmp_path / "last.pt").load(FINGERPRINT)
     assert (state["epoch"], state["step"], state["best"]) == (1, saved_after, 0.25)
     resumed = build(cfg)
     assert not tiny.equal_states(resumed.state_dict(), state["stage"])
@@ -91,33 +95,33 @@ def test_normalisation_is_resumed_too(tmp_path: Path) -> None:
     """The scale factor is that of the interrupted run, not one that was measured anew."""
     stage = diffusion_stage(tiny.config(), scale=1.5)
     stage.statistics = LatentStatistics(torch.randn(stage.cfg.latent_shape), 1.5)
-    save_state(tmp_path / "last.pt", Position().state(stage.state_dict(), FINGERPRINT))
+    checkpoints(tmp_path / "last.pt").save(Position().state(stage.state_dict(), FINGERPRINT))
     resumed = diffusion_stage(tiny.config(), scale=9.0)
-    resumed.load_state_dict(load_state(tmp_path / "last.pt", FINGERPRINT)["stage"])
+    resumed.load_state_dict(checkpoints(tmp_path / "last.pt").load(FINGERPRINT)["stage"])
     assert resumed.statistics.scale_factor == 1.5
     assert torch.equal(resumed.statistics.mean, stage.statistics.mean)
 
 
 def saved(path: Path, **changes: Any) -> Path:
     state = Position(2, 7, 0.5).state({"weights": torch.ones(2000)}, {**FINGERPRINT, **changes})
-    save_state(path, state)
+    checkpoints(path).save(state)
     return path
 
 
 def test_another_training_is_refused_by_the_name_of_what_differs(tmp_path: Path) -> None:
     path = saved(tmp_path / "last.pt", seed=1)
     with pytest.raises(CheckpointError) as refused:
-        load_state(path, FINGERPRINT)
+        checkpoints(path).load(FINGERPRINT)
     assert str(refused.value) == f"{path}: belongs to another training: seed was 1, is 0"
     with pytest.raises(CheckpointError, match=r"autoencoder_def.channels was \(8, 16\), is \(8, 32\)"):
-        load_state(saved(path), {**FINGERPRINT, "autoencoder_def": {"channels": (8, 32)}})
+        checkpoints(saved(path)).load({**FINGERPRINT, "autoencoder_def": {"channels": (8, 32)}})
     with pytest.raises(CheckpointError, match="processes was None, is 2"):
-        load_state(path, {**FINGERPRINT, "processes": 2})
+        checkpoints(path).load({**FINGERPRINT, "processes": 2})
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no checkpoint to resume from; start without --resume"):
-        load_state(tmp_path / "last.pt", FINGERPRINT)
+        checkpoints(tmp_path / "last.pt").load(FINGERPRINT)
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.99])
@@ -126,14 +130,14 @@ def test_a_truncated_state(tmp_path: Path, share: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(CheckpointError, match=r"last\.pt: cannot be loaded: "):
-        load_state(path, FINGERPRINT)
+        checkpoints(path).load(FINGERPRINT)
 
 
 @pytest.mark.parametrize("content", [{"weights": 1}, [1, 2], torch.ones(2)])
 def test_another_file_by_that_name(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="is not a training state"):
-        load_state(tmp_path / "last.pt", FINGERPRINT)
+        checkpoints(tmp_path / "last.pt").load(FINGERPRINT)
 
 
 def test_code_in_a_state_is_not_run(tmp_path: Path) -> None:
@@ -141,13 +145,13 @@ def test_code_in_a_state_is_not_run(tmp_path: Path) -> None:
 
     torch.save({"fingerprint": Malicious(f"touch '{tmp_path / 'was here'}'")}, tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="could run code when loaded"):
-        load_state(tmp_path / "last.pt", FINGERPRINT)
+        checkpoints(tmp_path / "last.pt").load(FINGERPRINT)
     assert not (tmp_path / "was here").exists()
 
 
 def test_resuming_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = saved(tmp_path / "last.pt")
-    load_state(path, FINGERPRINT)
+    checkpoints(path).load(FINGERPRINT)
     assert capsys.readouterr().err == f"resuming from {path}: epoch 2, step 7\n"
 
 
@@ -161,7 +165,7 @@ def test_previous_state_survives_a_disk_that_fills(tmp_path: Path) -> None:
         saved(path, seed=5)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-    load_state(path, FINGERPRINT)
+    checkpoints(path).load(FINGERPRINT)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
@@ -185,5 +189,48 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
     stage = diffusion_stage(tiny.config())
     run(stage, step_two, 0, 1)
     before = copy.deepcopy(stage.state_dict())
-    save_state(tmp_path / "last.pt", Position().state(stage.state_dict(), FINGERPRINT))
+    checkpoints(tmp_path / "last.pt").save(Position().state(stage.state_dict(), FINGERPRINT))
     assert tiny.equal_states(before, stage.state_dict())
+
+
+def numbered(folder: Path) -> dict[str, int]:
+    """The step of each state in a folder."""
+    return {path.name: read_state(path)["step"] for path in sorted(folder.iterdir())}
+
+
+def save_steps(states: Checkpoints, steps: range) -> None:
+    for step in steps:
+        states.save(Position(step=step).state({"weights": torch.ones(2000)}, FINGERPRINT))
+
+
+def test_the_newest_states_are_kept_in_order(tmp_path: Path) -> None:
+    states = checkpoints(tmp_path / "last.pt", keep_last=3)
+    assert not states.exist()
+    save_steps(states, range(2))
+    assert numbered(tmp_path) == {"last.pt": 1, "last.1.pt": 0}
+    save_steps(states, range(2, 14))
+    assert numbered(tmp_path) == {"last.pt": 13, "last.1.pt": 12, "last.2.pt": 11}
+    assert states.exist()
+    save_steps(checkpoints(tmp_path / "last.pt", keep_last=2), range(14, 15))
+    assert numbered(tmp_path) == {"last.pt": 14, "last.1.pt": 13}
+    states.clear()
+    assert list(tmp_path.iterdir()) == [] and not states.exist()
+
+
+def test_states_are_numbered_as_numbers_not_as_text(tmp_path: Path) -> None:
+    states = checkpoints(tmp_path / "last.pt", keep_last=12)
+    save_steps(states, range(12))
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "last.1.pt").unlink()
+    assert states.load(FINGERPRINT)["step"] == 9
+
+
+def test_saving_is_due_after_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = checkpoints(tmp_path / "last.pt")
+    begun = states.saved_at
+    for seconds, due in ((0, False), (599, False), (600, True)):
+        monkeypatch.setattr("time.monotonic", lambda s=seconds: begun + s)
+        assert states.due() == due
+    save_steps(states, range(1))
+    assert not states.due()
+    assert Checkpoints(tmp_path / "last.pt", 1, every_minutes=0).due()

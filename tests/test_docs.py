@@ -1,6 +1,7 @@
 """The documents say what is so: files, commands, options, config keys and error messages that they name are real."""
 
 import argparse
+import ast
 import importlib
 import json
 import re
@@ -429,6 +430,44 @@ def test_shown_messages_are_what_the_scripts_say(
         utils.run_script(importlib.import_module(script.removesuffix(".py")).main)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines() == [message]
+
+
+NAN_GUIDE = ROOT / "docs" / "NaN_FIX_GUIDE.md"
+FOUND = ("weights: ", "forward pass: ", "in the backward pass: ", "the step is finite here: ")
+
+
+def said_lines(text: str) -> list[str]:
+    """Lines of output in a document that a user goes by: errors, notices, findings of a replay."""
+    lines = [line for block in blocks(text) if block.language == "text" for line in block.text.splitlines()]
+    return [line.removeprefix("error: ") for line in lines if line.startswith(("error: ", "notice: ", *FOUND))]
+
+
+@pytest.fixture(scope="module")
+def message_patterns() -> list[re.Pattern[str]]:
+    """Texts of the code, with anything where values go."""
+    patterns = []
+    for node in (node for path in SOURCES if path.suffix == ".py" for node in ast.walk(ast.parse(path.read_text()))):
+        parts: list[Any] = node.values if isinstance(node, ast.JoinedStr) else []
+        texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+        if len(re.findall("[a-z]", "".join(text or "" for text in texts))) >= 7:  # what says little fits all
+            patterns.append(re.compile("".join(".*" if text is None else re.escape(text) for text in texts)))
+    return patterns
+
+
+def test_messages_in_the_nan_guide_are_those_of_the_code(message_patterns: list[re.Pattern[str]]) -> None:
+    lines = said_lines(NAN_GUIDE.read_text())
+    assert len(lines) >= 12
+    assert [line for line in lines if not any(pattern.fullmatch(line) for pattern in message_patterns)] == []
+    assert not any(pattern.fullmatch("training was stopped at step 7: no reason") for pattern in message_patterns)
+
+
+def test_what_the_nan_guide_looks_up_is_said_by_the_code(code: str) -> None:
+    """The first column of its table: words that stand in a message."""
+    text = section(NAN_GUIDE.read_text(), "In one minute")
+    cells = re.findall(r"^\| (?!What you see|---)([^|]*) \|", text, re.MULTILINE)
+    assert len(cells) >= 9
+    joined = re.sub(r'"\s+f?"', "", code)  # a text that goes over two lines
+    assert [s for cell in cells for s in spans(cell) if not s.startswith("--") and s not in joined] == []
 
 
 def test_at_least_five_messages_are_shown() -> None:

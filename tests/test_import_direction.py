@@ -15,7 +15,7 @@ ROOMS = """
     errors files rendezvous distributed json_lines console definitions schema config
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
-    randomness networks losses diffusion weights latents allocator kernels training checkpoint
+    randomness networks losses diffusion weights allocator kernels training latents checkpoint
     mlflow_tracking profiling tracking progress slabs decoding_costs decoding sampling tutorial
     montage features metrics report interior copies
     autoencoder_stage diffusion_stage replay signals lock run

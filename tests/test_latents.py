@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from ldm3d.errors import OutputError
+from ldm3d.errors import LatentsError, OutputError, WeightsError
 from ldm3d.latents import LatentCache, LatentStatistics, build_latent_cache
 
 COUNT = 4
@@ -236,3 +237,46 @@ def test_restoring_undoes_normalising(mean: Tensor) -> None:
     normalised = statistics.normalise(latent)
     torch.testing.assert_close(normalised, (latent - mean) * 0.37)
     torch.testing.assert_close(statistics.restore(normalised), latent)
+
+
+# Latents of which nothing can be learned
+
+
+class Scaled:
+    """The tiny autoencoder with means and deviations that are multiplied."""
+
+    def __init__(self, mean: float = 1.0, sigma: float = 1.0) -> None:
+        self.network, self.factors = tiny.autoencoder(), (mean, sigma)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, sigma = self.network.encode(images)
+        return mean * self.factors[0], sigma * self.factors[1]
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        ({"mean": 1e7}, r"-\S+e\+07 to "),
+        ({"sigma": 1e7}, r"\S+ to \S+e\+05;"),
+        ({"mean": math.nan}, r".* 1536 of 3072 not finite;"),
+    ],
+)
+def test_latents_beyond_float16_are_refused(factors: dict[str, float], said: str, tmp_path: Path) -> None:
+    with pytest.raises(LatentsError, match=f"^case0: its latents are {said}"):
+        build(tmp_path, Scaled(**factors))
+    assert not list(tmp_path.rglob("index.json"))
+
+
+def test_a_sigma_below_float16_becomes_none(tmp_path: Path) -> None:
+    cache = build(tmp_path, Scaled(sigma=1e-9))
+    assert not cache.posteriors[:, :, 1].any() and cache.posteriors[:, :, 0].any()
+    assert torch.equal(cache.sample([0], tiny.random(0, 1)), cache.mean(0, tiny.CPU))
+
+
+@pytest.mark.parametrize(("value", "variance"), [(np.inf, "nan"), (0.0, "0")])
+def test_latents_without_a_spread_are_refused(value: float, variance: str, tmp_path: Path) -> None:
+    """As an older cache may hold them."""
+    cache = filled(tmp_path / "entry", np.full((2, 1, 2, 3, 4, 4, 4), value))
+    for centre in (False, True):
+        with pytest.raises(WeightsError, match=f"entry/posteriors.npy: the latents have variance {variance}, "):
+            cache.statistics(centre)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldm3d import training
 from ldm3d.autoencoder_stage import AutoencoderStage
 from ldm3d.diffusion_stage import DiffusionStage
-from ldm3d.errors import NonFiniteLoss, WeightsError
+from ldm3d.errors import NonFiniteLoss, NonFiniteValidation, WeightsError
 from ldm3d.latents import LatentCache, LatentStatistics
 from ldm3d.schema import Config
 from ldm3d.weights import AUTOENCODER, DISCRIMINATOR, UNET, load_autoencoder, load_unet
@@ -39,6 +39,13 @@ def snapshot(network: nn.Module) -> dict[str, Tensor]:
 
 def changed(network: nn.Module, before: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def at(number: int, value: float, tensor: Tensor) -> Tensor:
+    """With one other value."""
+    changed = tensor.clone()
+    changed.view(-1)[number] = value
+    return changed
 
 
 # Stage 1
@@ -188,6 +195,13 @@ def test_validation_measures_the_reconstruction_of_the_mean(validation_set: list
     torch.testing.assert_close(shown[1], copies[0][0, 0])
 
 
+def test_a_reconstruction_that_is_not_finite_is_not_the_best(validation_set: list[dict[str, Any]]) -> None:
+    """Its measures are None, which is not 0."""
+    bad = {**validation_set[1], "image": at(5, math.nan, validation_set[1]["image"])}
+    with pytest.raises(NonFiniteValidation, match=f"l1 on cases {bad['case'][0]};"):
+        stage_one().validate([validation_set[0], bad])
+
+
 def test_published_weights_begin_another_training(tmp_path: Path) -> None:
     stage = stage_one()
     stage.train_step(tiny.batch(), tiny.random(), adversarial=True)
@@ -329,6 +343,15 @@ def test_validation_of_noise_levels_is_the_same_on_every_run(settings: dict[str,
     levels = [results[0][f"level_{i}"] for i in range(1, 9)]
     assert len(set(levels)) == 8
     assert results[0]["loss"] == pytest.approx(np.mean(levels))
+
+
+def test_a_validation_that_is_not_finite_stops(cache: LatentCache) -> None:
+    stage = stage_two()
+    stage.validate(cache)
+    cache.posteriors = np.array(cache.posteriors)  # in memory, where it may be changed
+    cache.posteriors[1, 0, 0, 0, 3, 3, 3] = np.inf
+    with pytest.raises(NonFiniteValidation, match=f"loss on cases {cache.cases[1]};"):
+        stage.validate(cache)
 
 
 def test_validation_judges_the_running_average(cache: LatentCache) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import ROOT, STEPS_PER_EPOCH, Desk, Result, tree
+from scripts import NUM_TRAIN, ROOT, STEPS_PER_EPOCH, Desk, Result, tree
 from test_scripts import STAGE_1, STAGE_2, STATE, both_stages, events, give_autoencoder, require_same_training
 
 Run = Callable[..., Result]
@@ -224,10 +224,11 @@ def test_a_step_that_is_not_finite_is_kept_and_replayed(
     assert "replaying step 5 on cases BRATS_" in again.stderr
     (first,) = re.findall("^forward pass: (.*)$", again.stderr, re.M)
     if where == "batch":
-        assert "weights: all finite" in again.stderr and "of input that was not finite" in first
+        assert "weights: all finite, the largest " in again.stderr and "of input that was not finite (" in first
     else:
         (bad,) = re.findall(r"^weights: not finite in (\S+)\.weight$", again.stderr, re.M)
-        assert first == f"{bad} made the first output that is not finite, of finite input"
+        expected = rf"{bad} made the first output that is not finite, of finite input \(-?[\d.]+ to [\d.]+\)"
+        assert re.fullmatch(expected, first), first
 
 
 def test_a_good_step_replays_as_good(trained: Desk, desk: Desk, run: Run) -> None:
@@ -247,3 +248,32 @@ def test_another_networks_step_is_refused(trained: Desk, desk: Desk, run: Run) -
     (path,) = desk.model.glob("*.replay.pt")
     done = run(STAGE_1, "--replay", path, "--set", "autoencoder_def.channels=[8, 16]")
     assert done.code == 2 and "is of another network than the configuration describes" in done.last_line, done.stderr
+
+
+@both_stages
+def test_a_validation_that_is_not_finite_publishes_nothing(script: str, trained: Desk, desk: Desk, run: Run) -> None:
+    """One step that is far too long: its own loss, of the weights before it, is fine."""
+    give_autoencoder(desk, trained, script)
+    before = tree(desk.model)
+    section = script.removesuffix(".py").removeprefix("train_") + "_train"
+    settings = {"lr": 1e25, "batch_size": NUM_TRAIN, "warm_up_steps": 0, "max_epochs": 1}
+    done = run(script, *(word for key, value in settings.items() for word in ("--set", f"{section}.{key}={value}")))
+    measure = {STAGE_1: "l1", STAGE_2: "loss"}[script]
+    assert done.code == 2, done.stderr
+    assert done.last_line.startswith(f"error: validation is not finite: {measure} on cases BRATS_"), done.stderr
+    assert {name for name in tree(desk.model).keys() - before.keys() if name.endswith(".safetensors")} == set()
+
+
+def test_a_step_that_only_float16_cannot_hold_replays_as_good_without_it(trained: Desk, desk: Desk, run: Run) -> None:
+    """The scale is so large that no ten halvings make the scaled gradients small enough."""
+    give_autoencoder(desk, trained, STAGE_2)
+    float16 = [("float16_on_the_cpu", 2.0**60)]
+    done = run(STAGE_2, "--set", "max_skipped_steps=3", faults=float16)
+    assert done.code == 2 and "training stopped at step 3: not finite (loss = " in done.last_line, done.stderr
+    notices = re.findall(r"^notice: .* left out, (\d) in a row of at most 3; loss scale now", done.stderr, re.M)
+    assert notices == ["1", "2", "3"]
+    (kept,) = desk.model.glob("*.replay.pt")
+    again = run(STAGE_2, "--replay", kept, faults=float16)
+    assert "forward pass: every output is finite" in again.stderr and "in the backward pass: " in again.stderr
+    without = run(STAGE_2, "--replay", kept, "--set", "amp=false", faults=float16)
+    assert without.code == 0 and "the step is finite here: loss = " in without.stderr, without.stderr

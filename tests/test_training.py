@@ -151,6 +151,17 @@ def test_precision_on_a_cpu_is_float32() -> None:
         assert nn.Linear(4, 4)(torch.rand(2, 4)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("has_units", [True, False])
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")
+def test_a_gpu_that_only_emulates_bfloat16_uses_float16(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return has_units or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    precision = Precision(True, torch.device("cuda"))
+    assert precision.dtype == (torch.bfloat16 if has_units else torch.float16)
+
+
 # Bad numbers
 
 
@@ -202,7 +213,7 @@ def scaling(net: nn.Module, max_skipped: int) -> Optimizer:
     return Optimizer(net.parameters(), settings(), 10, precision, max_skipped)
 
 
-def test_loss_scaling_skips_some_overflows_and_then_stops() -> None:
+def test_loss_scaling_skips_some_overflows_and_then_stops(capsys: pytest.CaptureFixture[str]) -> None:
     net = network()
     steps = scaling(net, max_skipped=2)
     before = copy.deepcopy(net.state_dict())
@@ -210,6 +221,8 @@ def test_loss_scaling_skips_some_overflows_and_then_stops() -> None:
     for skipped in (1, 2):
         step_of(steps, loss_of(net, 0))
         assert (steps.skipped, steps.scaler.get_scale()) == (skipped, 1024 / 2**skipped)
+        said = f"left out, {skipped} in a row of at most 2; loss scale now {1024 // 2**skipped}\n"
+        assert capsys.readouterr().err.endswith(said)
     resumed = scaling(net, max_skipped=2)
     resumed.load_state_dict(steps.state_dict())
     for two_in_a_row in (steps, resumed):
@@ -223,6 +236,7 @@ def test_loss_scaling_skips_some_overflows_and_then_stops() -> None:
     resumed.load_state_dict(steps.state_dict())
     step_of(resumed, loss_of(net, 0))
     assert resumed.skipped == 0 and not tiny.equal_states(net.state_dict(), before)
+    assert capsys.readouterr().err == ""
 
 
 def test_loss_scaling_does_not_excuse_a_bad_loss_with_good_gradients() -> None:

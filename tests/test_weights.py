@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from ldm3d import weights
 from ldm3d.definitions import DiscriminatorDef
 from ldm3d.errors import OutputError, WeightsError
 from ldm3d.schema import DdpmSchedule
+from ldm3d.tutorial import read_tutorial_weights
 from ldm3d.weights import (
     AUTOENCODER,
     LATENT_MEAN,
@@ -57,6 +59,13 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     description = change(metadata(path))
     text = description if isinstance(description, str) else json.dumps(description)
     save_file(tensors, path, metadata={"format": "pt", "ldm3d": text})
+
+
+def with_value(tensors: dict[str, torch.Tensor], name: str, value: float) -> dict[str, torch.Tensor]:
+    """With one value of one tensor replaced."""
+    changed = {key: tensor.clone() for key, tensor in tensors.items()}
+    changed[name].view(-1)[2] = value
+    return changed
 
 
 # Round trips
@@ -324,3 +333,22 @@ def test_weights_are_written_under_another_name_first(tmp_path: Path, monkeypatc
     save_weights(path, tiny.unet().state_dict(), tiny.diffusion_card(CFG))
     assert written[0] != path
     assert written[0].parent == path.parent
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    name = "decoder.blocks.1.conv1.conv.weight"
+    tensors = with_value(tiny.autoencoder().state_dict(), name, value)
+    save_weights(tmp_path / AUTOENCODER, tensors, tiny.autoencoder_card(CFG))
+    with pytest.raises(WeightsError, match=f"1 of {len(tensors)} tensors hold NaN or infinity .first: {name}, 1 of "):
+        load_autoencoder(tmp_path)
+    torch.save(tensors, tmp_path / "autoencoder.pt")
+    with pytest.raises(WeightsError, match=f"autoencoder.pt: 1 of .* NaN or infinity .first: {name}, 1 of "):
+        read_tutorial_weights(tmp_path / "autoencoder.pt", tiny.autoencoder())
+
+
+def test_a_latent_mean_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    tensors, card = read_weights(published(tmp_path) / UNET, DiffusionCard)
+    save_weights(tmp_path / UNET, with_value(tensors, LATENT_MEAN, math.nan), card)
+    with pytest.raises(WeightsError, match="first: latent_mean, 1 of 1536 values"):
+        load_unet(tmp_path)
