@@ -89,6 +89,13 @@ def die_at_step(step: int) -> None:
         )
 
 
+def note_each_encoded_volume() -> None:
+    """Encoding notes each volume when it is done, not those of half a minute at once."""
+    from ldm3d import latents
+
+    latents.SECONDS_BETWEEN_MARKS = 0
+
+
 def kill_after(seconds: float) -> None:
     """Die so many seconds from now, wherever that may be."""
     timer = threading.Timer(seconds, lambda: _signal("SIGKILL"))
