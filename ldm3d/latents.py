@@ -11,9 +11,7 @@ sample in every epoch learns its noise by heart.
 
 import hashlib
 import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +23,14 @@ from torch.utils.data import Dataset
 
 from ldm3d import distributed
 from ldm3d.console import log, progress
+from ldm3d.encoding import EncodedVolumes, begin, encode_in_rounds
 from ldm3d.errors import OutputError
 from ldm3d.files import atomic_path, write_text
-from ldm3d.journal import EncodedVolumes
 from ldm3d.lock import only_writer
 from ldm3d.randomness import StepRandom
 
 CACHE_VERSION = 1
 MOMENTS = "moments.npy"
-# At most so much encoding is lost to a kill; also how long processes wait for each other meanwhile.
-SECONDS_BETWEEN_MARKS = 30.0
 Volumes = Dataset[dict[str, object]]
 
 
@@ -205,13 +201,15 @@ def _encode_all(
     journal = EncodedVolumes(folder / "encoded.jsonl", key)
     if distributed.is_main():
         first, _ = _encode(autoencoder, volumes, 0, flip, device)
-        _begin(path, journal, (count, *first.shape))
+        begin(path, journal, (count, *first.shape))
+        if not journal.cases:
+            (folder / MOMENTS).unlink(missing_ok=True)
     cases: dict[int, str] = distributed.broadcast_object(journal.cases)
     rest = [i for i in range(count) if i not in cases]
     if cases:
         log(f"{folder}: {len(cases)} of {count} volumes have been encoded before; going on with the others")
     share = progress(rest[distributed.rank() :: distributed.world_size()], "encoding", unit="volume")
-    rounds = _encode_in_rounds(path, share, lambda i: _encode(autoencoder, volumes, i, flip, device))
+    rounds = encode_in_rounds(path, share, lambda i: _encode(autoencoder, volumes, i, flip, device))
     for encoded in rounds:
         gathered = distributed.gather_objects(encoded)
         if not any(gathered):
@@ -222,60 +220,6 @@ def _encode_all(
         write_text(folder / "index.json", json.dumps({"cases": [journal.cases[i] for i in range(count)]}))
         journal.path.unlink()
     distributed.barrier()
-
-
-def _begin(path: Path, journal: EncodedVolumes, shape: tuple[int, ...]) -> None:
-    """Go on with what a run of the same key has left, if it is of this shape; else make an empty file for all."""
-    try:
-        if _shape_of(path) == shape and journal.resume():
-            return
-        journal.path.unlink(missing_ok=True)
-        (path.parent / MOMENTS).unlink(missing_ok=True)
-        np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
-        _reserve(path)
-        journal.begin()
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _shape_of(path: Path) -> tuple[int, ...] | None:
-    """Shape of a file of posteriors that has its full length."""
-    try:
-        return np.load(path, mmap_mode="r").shape
-    except (OSError, ValueError):
-        return None
-
-
-def _encode_in_rounds(
-    path: Path, share: Iterator[int], encode: Callable[[int], tuple[np.ndarray, str]]
-) -> Iterator[dict[int, str]]:
-    """Encode this process's share; give, every `SECONDS_BETWEEN_MARKS`, the names of what is on the disk by then.
-
-    Never ends: once all is done, it gives nothing, again and again, until the others have done theirs.
-    """
-    store = np.load(path, mmap_mode="r")
-    with open(path, "rb+") as file:
-        while True:
-            encoded, start = {}, time.monotonic()
-            for i in share:
-                posterior, encoded[i] = encode(i)
-                assert posterior.shape == store.shape[1:]
-                # Not through the map: a page may hold the end of another process's volume, and file systems that
-                # several machines share write back whole pages.
-                file.seek(store.offset + i * posterior.nbytes)
-                file.write(posterior.tobytes())
-                if time.monotonic() - start >= SECONDS_BETWEEN_MARKS:
-                    break
-            file.flush()
-            os.fsync(file.fileno())
-            yield encoded
-
-
-def _reserve(path: Path) -> None:
-    """Take the file's room on the disk now: a disk that is too small is known before hours of work, not after."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from typing import Any
 
 import tiny
 
-from ldm3d import distributed, latents
+from ldm3d import distributed, encoding, latents
 
 NUM_VOLUMES = 6
 
@@ -38,6 +38,6 @@ def die(index: int) -> None:
 
 
 if __name__ == "__main__":
-    latents.SECONDS_BETWEEN_MARKS = 0
+    encoding.SECONDS_BETWEEN_MARKS = 0
     with distributed.process_group("gloo", 60):
         build(Path(sys.argv[1]), die)

@@ -91,9 +91,9 @@ def die_at_step(step: int) -> None:
 
 def note_each_encoded_volume() -> None:
     """Encoding notes each volume when it is done, not those of half a minute at once."""
-    from ldm3d import latents
+    from ldm3d import encoding
 
-    latents.SECONDS_BETWEEN_MARKS = 0
+    encoding.SECONDS_BETWEEN_MARKS = 0
 
 
 def kill_after(seconds: float) -> None:

@@ -1,11 +1,13 @@
 """ldm3d.latents: what the cache keeps, when it is made anew, and how latents are normalised."""
 
-import errno
 import json
 import os
+import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from ldm3d import latents, lock
+from ldm3d import encoding, latents, lock
+from ldm3d.encoding import EncodedVolumes
 from ldm3d.errors import OutputError
 from ldm3d.latents import LatentCache, LatentStatistics, build_latent_cache
 
@@ -129,7 +132,7 @@ def test_another_input_makes_another_entry(tmp_path: Path, change: dict[str, Any
 @pytest.fixture
 def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An entry of which volumes 0 and 1 are there; the first one was encoded before, to know the shape."""
-    monkeypatch.setattr(latents, "SECONDS_BETWEEN_MARKS", 0)
+    monkeypatch.setattr(encoding, "SECONDS_BETWEEN_MARKS", 0)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cache", Counted(fail_after=3))
     (entry,) = (tmp_path / "cache").iterdir()
@@ -185,16 +188,16 @@ def test_what_does_not_belong_together_is_made_anew(interrupted: Path, what: str
 def test_volumes_are_noted_only_when_their_data_are_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latents, "SECONDS_BETWEEN_MARKS", 0)
+    monkeypatch.setattr(encoding, "SECONDS_BETWEEN_MARKS", 0)
     whole = build(tmp_path / "whole").posteriors
     flushed: list[int] = []
-    fsync, add = os.fsync, latents.EncodedVolumes.add
+    fsync, add = os.fsync, EncodedVolumes.add
 
     def noting(file: int) -> None:
         fsync(file)
         flushed.append(os.fstat(file).st_ino)
 
-    def checking(journal: latents.EncodedVolumes, cases: dict[int, str]) -> None:
+    def checking(journal: EncodedVolumes, cases: dict[int, str]) -> None:
         posteriors = journal.path.parent / "posteriors.npy"
         assert flushed[-1] == posteriors.stat().st_ino
         stored = np.load(posteriors)
@@ -202,7 +205,7 @@ def test_volumes_are_noted_only_when_their_data_are_on_the_disk(
         add(journal, cases)
 
     monkeypatch.setattr(os, "fsync", noting)
-    monkeypatch.setattr(latents.EncodedVolumes, "add", checking)
+    monkeypatch.setattr(EncodedVolumes, "add", checking)
     assert len(build(tmp_path / "cache")) == COUNT
 
 
@@ -247,18 +250,27 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         build(tmp_path / "cache")
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room on a disk")
-def test_a_full_disk_is_noticed_before_the_map_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page of a map that finds no room kills the process without a word."""
+def test_a_full_disk_is_noticed_before_volumes_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbytes = 2 * COUNT * 2 * 3 * 8**3
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=nbytes - 1))
+    counted = Counted(fail_after=1)  # to know the shape
+    with pytest.raises(OutputError, match=r"posteriors\.npy: cannot be written: needs 0\.0 GB, 0\.0 GB are free"):
+        build(tmp_path, counted)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=nbytes))
+    assert len(build(tmp_path)) == COUNT
 
-    def full(file: int, start: int, length: int) -> None:
-        assert length == os.fstat(file).st_size > 2 * COUNT * 2 * 3 * 8**3
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match=r"posteriors\.npy: cannot be written: No space left on device"):
-        build(tmp_path)
-    assert not list(tmp_path.rglob("index.json"))
+def test_a_disk_that_fills_up_loses_nothing(interrupted: Path) -> None:
+    """No file can grow beyond what a limit says: the system answers as it does where a disk is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python has been told to ignore the signal that comes with it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2 * 3 * 8**3 * 2 + 500, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"posteriors\.npy: cannot be written: File too large"):
+            build(interrupted.parent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    require_whole(interrupted, encoded=1 + 2)
 
 
 # How latents are drawn

@@ -78,7 +78,7 @@ def test_killed_while_encoding_goes_on_there(trained: Desk, desk: Desk, run: Run
     own_cache = ("--set", f"data.cache_dir={tmp_path / 'cache'}")
     moments = {
         "encoding volume 3 of 9": ("ldm3d.latents:_encode", 1 + 4),
-        "volume 4 written, not yet noted": ("ldm3d.journal:EncodedVolumes.add", 2),
+        "volume 4 written, not yet noted": ("ldm3d.encoding:EncodedVolumes.add", 2),
         "all noted": ("ldm3d.latents:write_text", 1),
     }
     for moment, (target, number) in moments.items():
