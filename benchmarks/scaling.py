@@ -1,8 +1,8 @@
 """What one volume costs, and from that what 100,000 would: measured, counted, and computed under stated assumptions.
 
-    taskset -c 0 python -m benchmarks.scaling
+    python -m benchmarks.scaling
 
-docs/SCALING.md says what follows from it. Run it on one core: it measures what one core does.
+docs/SCALING.md says what follows from it. All is measured on one core.
 """
 
 import json
@@ -197,4 +197,5 @@ def started(folder: Path) -> Callable[[], Prepared]:
 
 
 if __name__ == "__main__":
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     main()
