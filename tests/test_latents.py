@@ -189,7 +189,8 @@ def test_volumes_are_noted_only_when_their_data_are_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "SECONDS_BETWEEN_MARKS", 0)
-    whole = build(tmp_path / "whole").posteriors
+    small = tiny.Volumes(tiny.images(COUNT, side=8))  # their posteriors would fit a file's buffer
+    whole = build(tmp_path / "whole", volumes=small).posteriors
     flushed: list[int] = []
     fsync, add = os.fsync, EncodedVolumes.add
 
@@ -206,7 +207,7 @@ def test_volumes_are_noted_only_when_their_data_are_on_the_disk(
 
     monkeypatch.setattr(os, "fsync", noting)
     monkeypatch.setattr(EncodedVolumes, "add", checking)
-    assert len(build(tmp_path / "cache")) == COUNT
+    assert len(build(tmp_path / "cache", volumes=small)) == COUNT
 
 
 # Two at once
