@@ -10,6 +10,7 @@ never removed; the folder may be deleted at any time.
 
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from ldm3d.volumes import PERCENTILES, PREPARATION, load_prepared
 ONE = 65535
 """What 1.0 is stored as: steps of 1/65535 are finer than any scanner's."""
 HEADER_BYTES = 4096
+# At most the digests of so many seconds' work are lost to a kill: with them, prepared volumes are found by their key
+# without reading their sources again.
+SECONDS_BETWEEN_SAVES = 60.0
 _DTYPE = np.dtype("<u2")
 _Identity = tuple[int, int, str]  # size, time of change in ns, SHA-256
 
@@ -54,6 +58,8 @@ class VolumeCache:
         self.folder, self.spacing = folder, tuple(map(float, spacing))
         self._keys: dict[str, str] = {}
         self._files: dict[str, _Identity] = {}
+        self._new_files: dict[str, _Identity] = {}
+        self._saved_at = 0.0
         self._verified: set[str] = set()
 
     def build(self, cases: Sequence[Case], on_error: OnError = "fail") -> list[Case]:
@@ -68,11 +74,12 @@ class VolumeCache:
             DataError: as `check_cases` does.
             OutputError: the folder cannot be written to, or the disk is full.
         """
-        self._files = _read_index(self._index)
-        outcomes = share_out(self._ensure, cases, "preparing volumes")
+        self._files, self._saved_at = _read_index(self._index), time.monotonic()
+        outcomes = share_out(self._ensure, cases, "preparing volumes", self._note_files)
+        self._remember()
+        self._files = {}  # of no further use, and as large as all that is kept of the cases
         ensured = {case.name: o for case, o in zip(cases, outcomes, strict=True) if not isinstance(o, DataError)}
         self._keys |= {name: outcome.key for name, outcome in ensured.items()}
-        self._remember({path: identity for outcome in ensured.values() for path, identity in outcome.files.items()})
         made = sum(outcome.made for outcome in ensured.values())
         if made:
             log(f"{self.folder}: {made} volumes prepared, {len(ensured) - made} were there")
@@ -189,14 +196,23 @@ class VolumeCache:
         if zlib.crc32(self._map(key).data) != header.get("crc32"):
             raise _Unusable("has damaged voxels")
 
-    def _remember(self, files: dict[str, _Identity]) -> None:
-        if not distributed.is_main() or files.items() <= self._files.items():
-            return
-        try:
-            write_text(self._index, json.dumps({**self._files, **files}, indent=0))
-        except OutputError as error:
-            # Only a later start becomes slower by this: it has to read the files again to know their digests.
-            log(f"warning: {error}")
+    def _note_files(self, outcomes: Sequence[_Ensured | DataError]) -> None:
+        """Note what was identified; store it now and then, as preparing many volumes takes hours."""
+        for outcome in outcomes:
+            if not isinstance(outcome, DataError):
+                self._new_files |= {p: i for p, i in outcome.files.items() if self._files.get(p) != i}
+        if time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES:
+            self._remember()
+
+    def _remember(self) -> None:
+        self._files |= self._new_files
+        if self._new_files and distributed.is_main():
+            try:
+                write_text(self._index, json.dumps(self._files, indent=0))
+            except OutputError as error:
+                # Only a later start becomes slower by this: it has to read the files again to know their digests.
+                log(f"warning: {error}")
+        self._new_files, self._saved_at = {}, time.monotonic()
 
 
 def to_float(voxels: np.ndarray) -> np.ndarray:

@@ -132,10 +132,21 @@ def _check_label(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None
         raise DataError(f"{path}: the label lies {apart:.3g} mm beside its image")
 
 
-def share_out(function: Callable[[Case], T], cases: Sequence[Case], description: str) -> list[T | DataError]:
+def share_out(
+    function: Callable[[Case], T],
+    cases: Sequence[Case],
+    description: str,
+    after_round: Callable[[list[T | DataError]], None] = lambda outcomes: None,
+) -> list[T | DataError]:
     """Call `function` for every case, each rank its share of them, on all cores.
 
     Threads suffice, as decompression and NumPy let go of the interpreter.
+
+    Args:
+        function: what to do with a case.
+        cases: the same on every rank.
+        description: for the progress bar.
+        after_round: called on every rank, now and then, with what all ranks have got since the last time.
 
     Returns:
         On every rank, for every case in order: what the function returned, or the `DataError` it raised.
@@ -153,6 +164,7 @@ def share_out(function: Callable[[Case], T], cases: Sequence[Case], description:
                 raise fatal[0]
             for collected, share in zip(results, gathered, strict=True):
                 collected += share
+            after_round([outcome for share in gathered for outcome in share])
     return [results[number % ranks][number // ranks] for number in range(len(cases))]
 
 

@@ -1,12 +1,16 @@
 """The latent cache: every training volume is encoded once, then read from a memory map.
 
+    CACHE/latents-KEY/posteriors.npy   mean and standard deviation of each volume's posterior
+                      encoded.jsonl    while it is filled: the volumes that are there already
+                      index.json       their names, written last: the entry is whole
+                      moments.npy      mean and mean square of each latent voxel, once a training has asked for them
+
 Kept are mean and standard deviation of the posterior, never one fixed sample of it: a network that sees the same
 sample in every epoch learns its noise by heart.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +23,15 @@ from torch.utils.data import Dataset
 
 from ldm3d import distributed
 from ldm3d.console import log, progress
+from ldm3d.encoding import EncodedVolumes, begin, encode_in_rounds
 from ldm3d.errors import LatentsError, OutputError, WeightsError
-from ldm3d.files import write_text
+from ldm3d.files import atomic_path, write_text
+from ldm3d.lock import only_writer
 from ldm3d.randomness import StepRandom
 from ldm3d.training import value_range
 
 CACHE_VERSION = 1
+MOMENTS = "moments.npy"
 Volumes = Dataset[dict[str, object]]
 
 
@@ -57,6 +64,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.posteriors = np.load(folder / "posteriors.npy", mmap_mode="r")
         self.cases: list[str] = json.loads((folder / "index.json").read_text())["cases"]
 
@@ -86,7 +94,7 @@ class LatentCache:
         return torch.from_numpy(self.posteriors[index, 0, :1].astype(np.float32)).to(device)
 
     def statistics(self, centre: bool) -> LatentStatistics:
-        """Mean and spread over the whole training set, each process reading its share.
+        """Mean and spread over the whole training set; all ranks call this together.
 
         Args:
             centre: subtract the mean of each latent voxel, for data that lie in one template space.
@@ -94,16 +102,7 @@ class LatentCache:
         Raises:
             WeightsError: the latents are not finite, or all alike: nothing can be learned of them.
         """
-        rank, world = distributed.rank(), distributed.world_size()
-        total = torch.zeros(2, *self.latent_shape, dtype=torch.float64)
-        count = torch.zeros(1, dtype=torch.float64)
-        for i in range(rank, len(self), world):
-            mean, sigma = torch.from_numpy(self.posteriors[i].astype(np.float64)).unbind(1)
-            total[0] += mean.sum(0)
-            total[1] += (mean.square() + sigma.square()).sum(0)
-            count += len(mean)
-        total, count = distributed.all_sum(total), distributed.all_sum(count)
-        voxel_mean, voxel_square = total / count
+        voxel_mean, voxel_square = self._moments()
         if centre:
             variance = (voxel_square - voxel_mean.square()).mean()
         else:
@@ -116,6 +115,48 @@ class LatentCache:
         mean = voxel_mean.float() if centre else torch.zeros(1, 1, 1, 1)
         return LatentStatistics(mean, float(variance.rsqrt()))
 
+    def _moments(self) -> Tensor:
+        """Mean and mean square of each latent voxel (2, C, X, Y, Z), float64, kept once they are known.
+
+        To find them the whole cache is read, each process its share: hundreds of gigabytes where there are 100,000
+        volumes, which a later start need not read again.
+        """
+        path = self.folder / MOMENTS
+        kept = distributed.broadcast_object(_read_moments(path, self.latent_shape) if distributed.is_main() else None)
+        if kept is not None:
+            return torch.from_numpy(kept)
+        total = torch.zeros(2, *self.latent_shape, dtype=torch.float64)
+        count = torch.zeros(1, dtype=torch.float64)
+        for i in range(distributed.rank(), len(self), distributed.world_size()):
+            mean, sigma = torch.from_numpy(self.posteriors[i].astype(np.float64)).unbind(1)
+            total[0] += mean.sum(0)
+            total[1] += (mean.square() + sigma.square()).sum(0)
+            count += len(mean)
+        moments = distributed.all_sum(total) / distributed.all_sum(count)
+        if distributed.is_main():
+            _keep_moments(path, moments.numpy())
+        return moments
+
+
+def _read_moments(path: Path, latent_shape: tuple[int, ...]) -> np.ndarray | None:
+    try:
+        moments = np.load(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):
+        log(f"{path}: is damaged; computed anew")
+        return None
+    return moments if (moments.shape, moments.dtype) == ((2, *latent_shape), np.float64) else None
+
+
+def _keep_moments(path: Path, moments: np.ndarray) -> None:
+    try:
+        with atomic_path(path) as temporary:
+            np.save(temporary, moments)
+    except OutputError as error:
+        # Only a later start becomes slower by this.
+        log(f"warning: {error}")
+
 
 def build_latent_cache(
     root: Path,
@@ -126,7 +167,7 @@ def build_latent_cache(
     flip: bool,
     device: torch.device,
 ) -> LatentCache:
-    """Encode what has not been encoded yet, all processes together, each its share.
+    """Encode what has not been encoded yet, all processes together, each its share; killed, it goes on where it was.
 
     Args:
         root: folder of all cache entries.
@@ -138,51 +179,57 @@ def build_latent_cache(
         device: where to encode.
 
     Raises:
-        OutputError: the cache cannot be written.
+        OutputError: the cache cannot be written, or another training is encoding the same.
         LatentsError: a volume's latents are not finite, or too large for float16.
     """
-    count = len(contents)
     image_shape = list(volumes[0]["image"].shape)  # type: ignore[attr-defined]
     key = json.dumps([CACHE_VERSION, autoencoder_sha256, list(contents), flip, image_shape])
-    folder = root / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    finished = distributed.broadcast_object((folder / "index.json").is_file())
-    if not finished:
-        _encode_all(folder, autoencoder, volumes, count, flip, device)
-        log(f"latents of {count} volumes are in {folder}")
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    folder = root / f"latents-{digest[:16]}"
+    if not _is_whole(folder):
+        with only_writer(folder, "encoding these latents", "start again when it has: they serve both"):
+            # Another training may have finished them before this one got the lock.
+            if not _is_whole(folder):
+                _encode_all(folder, digest, autoencoder, volumes, len(contents), flip, device)
+                log(f"latents of {len(contents)} volumes are in {folder}")
     return LatentCache(folder)
 
 
+def _is_whole(folder: Path) -> bool:
+    return distributed.broadcast_object((folder / "index.json").is_file())
+
+
 def _encode_all(
-    folder: Path, autoencoder: AutoencoderKL, volumes: Volumes, count: int, flip: bool, device: torch.device
+    folder: Path, key: str, autoencoder: AutoencoderKL, volumes: Volumes, count: int, flip: bool, device: torch.device
 ) -> None:
-    """Fill one memory map together; its index, written last, says that it is whole."""
+    """Fill one file together; its index, written last, says that it is whole.
+
+    Each process writes what it has encoded for some seconds, and flushes it to the disk. Then they meet, and rank 0
+    notes which volumes are there, so that a run that was killed goes on with the others, in any number of processes.
+    """
     path = folder / "posteriors.npy"
+    journal = EncodedVolumes(folder / "encoded.jsonl", key)
     if distributed.is_main():
         first, _ = _encode(autoencoder, volumes, 0, flip, device)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.float16, (count, *first.shape)).flush()
-            _reserve(path)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    distributed.barrier()
-    store = np.lib.format.open_memmap(path, "r+")
-    share = range(distributed.rank(), count, distributed.world_size())
-    cases = {}
-    for i in progress(share, "encoding", unit="volume"):
-        store[i], cases[i] = _encode(autoencoder, volumes, i, flip, device)
-    store.flush()
-    merged = {i: name for part in distributed.gather_objects(cases) for i, name in part.items()}
+        begin(path, journal, (count, *first.shape))
+        if not journal.cases:
+            (folder / MOMENTS).unlink(missing_ok=True)
+    cases: dict[int, str] = distributed.broadcast_object(journal.cases)
+    rest = [i for i in range(count) if i not in cases]
+    if cases:
+        log(f"{folder}: {len(cases)} of {count} volumes have been encoded before; going on with the others")
+    share = progress(rest[distributed.rank() :: distributed.world_size()], "encoding", unit="volume")
+    rounds = encode_in_rounds(path, share, lambda i: _encode(autoencoder, volumes, i, flip, device))
+    for encoded in rounds:
+        gathered = distributed.gather_objects(encoded)
+        if not any(gathered):
+            break
+        if distributed.is_main():
+            journal.add({i: name for part in gathered for i, name in part.items()})
     if distributed.is_main():
-        write_text(folder / "index.json", json.dumps({"cases": [merged[i] for i in range(count)]}))
+        write_text(folder / "index.json", json.dumps({"cases": [journal.cases[i] for i in range(count)]}))
+        journal.path.unlink()
     distributed.barrier()
-
-
-def _reserve(path: Path) -> None:
-    """Take the file's room on the disk: writing to a map that has none would kill the process, without a word."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 @torch.inference_mode()

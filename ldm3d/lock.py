@@ -19,11 +19,18 @@ PATIENCE_SECONDS = 10.0
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(
+    folder: Path, work: str = "writing here", advice: str = "wait for its end, or take another model_dir"
+) -> Iterator[None]:
     """Within, no other training writes to `folder`; the whole run, of however many processes, counts as one.
 
     The system gives the lock back when its owner ends, however it ends: a stale one does not exist. Files that the
     owner before has left half written are removed.
+
+    Args:
+        folder: made if it is not there.
+        work: what is done in it, for whoever is refused.
+        advice: what they can do.
 
     Raises:
         OutputError: another training is at work there; on every rank.
@@ -41,10 +48,7 @@ def only_writer(folder: Path) -> Iterator[None]:
             me = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
             write_text(owner, json.dumps(me))
         except Timeout:
-            refusal = (
-                f"{folder}: another training{_described(owner)} is writing here; wait for its end, or take another "
-                "model_dir"
-            )
+            refusal = f"{folder}: another training{_described(owner)} is {work}; {advice}"
         except OSError as error:
             refusal = f"{folder}: cannot be locked: {error.strerror or error}"
         except OutputError as error:

@@ -96,6 +96,13 @@ def hang_at_step(step: int) -> None:
     _before(AutoencoderStage, "train_step", lambda _, batch, random, *more: random.step == step and time.sleep(10_000))
 
 
+def note_each_encoded_volume() -> None:
+    """Encoding notes each volume when it is done, not those of half a minute at once."""
+    from ldm3d import encoding
+
+    encoding.SECONDS_BETWEEN_MARKS = 0
+
+
 def kill_after(seconds: float) -> None:
     """Die so many seconds from now, wherever that may be."""
     timer = threading.Timer(seconds, lambda: _signal("SIGKILL"))

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, plot, train_step
+from benchmarks import gpu, plot, scaling, train_step
 from benchmarks.growth import exponent
 from benchmarks.measure import counted_flops, interleaved, peak_resident, table, write_result
 from benchmarks.reference import NUM_TIMESTEPS, ReferenceAutoencoder, ReferenceDiffusion
 from benchmarks.sampling import reference_of, sampler_of
+from benchmarks.scaling import pages_of_crop
+from benchmarks.scaling_plan import all_reduce_seconds, plan
 from benchmarks.settings import CPU, settings
 from benchmarks.steps import volumes
 from ldm3d.autoencoder_stage import AutoencoderStage
@@ -75,6 +77,44 @@ def test_steps_and_the_plot_of_them(run: Run, tmp_path: Path, monkeypatch: pytes
     plot.main()
     assert picture.stat().st_size > 10_000
     assert "| diffusion step | CPU, tiny |" in (tmp_path / "speed.md").read_text()
+
+
+def test_costs_of_a_volume_and_the_plan_that_follows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(build: Callable[..., Any], *given: Any) -> float:
+        build(*given)()
+        return len(list(given[0].glob("case-*")))
+
+    monkeypatch.setattr(scaling, "peak_resident", here)
+    result = run(scaling)
+    units, cfg = result["units"], settings("tiny")
+    latent = 2 * 2 * 2 * cfg.latent_channels * 8**3  # both sides, mean and deviation, 16 bits
+    assert (units["latent bytes"], units["latent bytes read a draw"]) == (latent, latent // 2)
+    measured = {name: value for name, value in units.items() if name not in ("prepared shape", "start exponent of s")}
+    assert all(value > 0 for value in measured.values()), measured
+    assert [(start["volumes"], start["MiB"]) for start in result["starts"]] == [(10, 10240), (20, 20480)]
+    assert units["start exponent of MiB"] == pytest.approx(1)
+    assert [row["GPUs"] for row in result["plan"]] == [1, 8, 64, 512]
+
+
+def test_the_plan_waits_for_the_slower_of_computing_and_exchanging() -> None:
+    cfg = settings("tiny", "diffusion_train.batch_size=2")
+    units = dict.fromkeys(
+        ("prepare s", "encode FLOP", "prepared bytes", "crop bytes", "latent bytes read a draw"), 1.0
+    ) | {f"step {stage} FLOP a volume": 320e12 for stage in (1, 2)}
+    free, dear = (plan(units | {f"gradient {stage} bytes": n for stage in (1, 2)}, cfg) for n in (0.0, 1e12))
+    assert [row["2: steps/s"] for row in free] == pytest.approx([0.5] * 4)
+    assert [row["2: epoch h"] * 3600 for row in free] == pytest.approx(
+        [100_000 // (2 * gpus) * 2 for gpus in (1, 8, 64, 512)]
+    )
+    # Of the 2 s, 4/3 hide what is exchanged: 7/4 of 5 s within a machine.
+    assert 1 / dear[1]["2: steps/s"] == pytest.approx(2 + 8.75 - 4 / 3)
+    assert all_reduce_seconds(40e9, 512) == pytest.approx(2 * 511 / 512)
+
+
+def test_pages_of_a_crop() -> None:
+    assert pages_of_crop((8, 8, 2048), (8, 8, 2048), 2) == 64
+    assert pages_of_crop((8, 8, 2048), (2, 2, 2), 2) == 4
+    assert pages_of_crop((2, 2, 16), (2, 2, 16), 2) == 1
 
 
 def test_both_recipes_have_the_same_networks() -> None:

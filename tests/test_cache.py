@@ -13,7 +13,7 @@ import pytest
 from nifti_files import make_cases, volume, write
 
 from ldm3d import cache as cache_room
-from ldm3d import files
+from ldm3d import checks, files
 from ldm3d.cache import HEADER_BYTES, VolumeCache
 from ldm3d.cases import Case
 from ldm3d.errors import DataError, OutputError
@@ -195,6 +195,35 @@ def test_a_full_disk_leaves_nothing_half_written(
     with pytest.raises(OutputError, match="No space left on device"):
         VolumeCache(tmp_path / "cache", SPACING).build(cases)
     assert list((tmp_path / "cache" / "volumes").iterdir()) == []
+
+
+def test_digests_are_stored_while_volumes_are_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was prepared before a kill is then found without its sources being read again."""
+    cases = make_cases(tmp_path / "data", 5)
+    monkeypatch.setattr(checks, "_ROUND", 2)
+    monkeypatch.setattr(cache_room, "SECONDS_BETWEEN_SAVES", 0)
+
+    def full(case: Case, spacing: tuple[float, ...]) -> np.ndarray:
+        if case.name == "c04":
+            raise OutputError("disk full")
+        return load_prepared(case, spacing)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_room, "load_prepared", full)
+        with pytest.raises(OutputError):
+            VolumeCache(tmp_path / "cache", SPACING).build(cases)
+    read: list[str] = []
+    monkeypatch.setattr(cache_room, "sha256", lambda path: read.append(path.name) or files.sha256(path))
+    built(tmp_path, cases)
+    assert read == [cases[4].image.name]
+
+
+def test_digests_are_not_written_where_none_is_new(
+    tmp_path: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(tmp_path, cases)
+    monkeypatch.setattr(cache_room, "write_text", None)
+    built(tmp_path, cases)
 
 
 KILLED_WHILE_WRITING = """

@@ -1,13 +1,17 @@
 """ldm3d.distributed, and what the library does with it: one process and two give the same."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import encoding_on_two_ranks
 import library_on_two_ranks
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -108,20 +112,25 @@ def test_gpus_that_can_be_had(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have run library_on_two_ranks.py."""
     folder = tmp_path_factory.mktemp("ranks")
+    assert on_two_ranks("library_on_two_ranks.py", folder) == [0, 0]
+    return folder
+
+
+def on_two_ranks(script: str, *arguments: object) -> list[int]:
+    """Exit statuses of two processes of a script in `tests`."""
     launch = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = []
     for rank in range(2):
         env = {key: str(value) for key, value in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()}
         # One thread, here and there: sums in another order are other sums.
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, ROOT / "tests" / "library_on_two_ranks.py", folder]
+        command = [sys.executable, ROOT / "tests" / script, *map(str, arguments)]
         processes.append(subprocess.Popen(command, env={**os.environ, **env}, cwd=ROOT))
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        return [process.wait(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return folder
 
 
 def free_port() -> int:
@@ -164,8 +173,9 @@ def test_ranks_draw_different_random_numbers(ranks: list[Seen]) -> None:
 def test_two_processes_make_the_latent_cache_of_one(folder: Path, ranks: list[Seen], tmp_path: Path) -> None:
     latents = library_on_two_ranks.cache(tmp_path)
     theirs, ours = ({p.name: p.read_bytes() for p in root.rglob("*.*")} for root in (folder / "latents", tmp_path))
-    assert set(ours) == {"posteriors.npy", "index.json"}
-    assert theirs == ours
+    assert set(ours) == {"posteriors.npy", "index.json", ".lock"}
+    assert set(theirs) == {*ours, "moments.npy"}  # they have asked for statistics
+    assert {name: theirs[name] for name in ours} == ours
     assert next((folder / "latents").iterdir()).name == next(tmp_path.iterdir()).name
     for centre in (False, True):
         statistics = latents.statistics(centre)
@@ -173,6 +183,22 @@ def test_two_processes_make_the_latent_cache_of_one(folder: Path, ranks: list[Se
             assert seen["statistics"][centre]["scale_factor"] == pytest.approx(statistics.scale_factor, rel=1e-12)
             torch.testing.assert_close(seen["statistics"][centre]["mean"], statistics.mean)
     assert tiny.equal_states(ranks[0]["statistics"], ranks[1]["statistics"])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_process_goes_on_with_what_two_have_encoded_until_one_was_killed(tmp_path: Path) -> None:
+    assert on_two_ranks("encoding_on_two_ranks.py", tmp_path / "killed")[1] == -signal.SIGKILL
+    (entry,) = (tmp_path / "killed").iterdir()
+    lines = (entry / "encoded.jsonl").read_text().splitlines()
+    noted = {int(i) for line in lines[1:] for i in json.loads(line)}
+    assert {0, 1} <= noted <= {0, 1, 2, 3}
+    encoded: list[int] = []
+    cache = encoding_on_two_ranks.build(tmp_path / "killed", encoded.append)
+    shapes = [0, 0]  # of the image, and of the latent
+    assert encoded == [*shapes, *(i for i in range(encoding_on_two_ranks.NUM_VOLUMES) if i not in noted)]
+    undisturbed = encoding_on_two_ranks.build(tmp_path / "undisturbed")
+    assert np.array_equal(cache.posteriors, undisturbed.posteriors)
+    assert cache.cases == undisturbed.cases
 
 
 @pytest.mark.usefixtures("one_thread")

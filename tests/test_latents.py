@@ -1,18 +1,25 @@
 """ldm3d.latents: what the cache keeps, when it is made anew, and how latents are normalised."""
 
-import errno
 import json
 import math
 import os
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 from torch import Tensor
 
+from ldm3d import encoding, latents, lock
+from ldm3d.encoding import EncodedVolumes
 from ldm3d.errors import LatentsError, OutputError, WeightsError
 from ldm3d.latents import LatentCache, LatentStatistics, build_latent_cache
 
@@ -120,35 +127,152 @@ def test_another_input_makes_another_entry(tmp_path: Path, change: dict[str, Any
     build(tmp_path, Counted(fail_after=0))  # the first one is still there
 
 
-def test_an_interrupted_build_is_made_anew(tmp_path: Path) -> None:
+# A build that was interrupted
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An entry of which volumes 0 and 1 are there; the first one was encoded before, to know the shape."""
+    monkeypatch.setattr(encoding, "SECONDS_BETWEEN_MARKS", 0)
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, Counted(fail_after=2))
-    (entry,) = tmp_path.iterdir()
-    assert entries(entry) == {"posteriors.npy"}
-    cache = build(tmp_path)
-    assert entries(tmp_path) == {entry.name}
-    assert np.array_equal(cache.posteriors, build(tmp_path / "elsewhere").posteriors)
+        build(tmp_path / "cache", Counted(fail_after=3))
+    (entry,) = (tmp_path / "cache").iterdir()
+    assert entries(entry) == {".lock", "posteriors.npy", "encoded.jsonl"}
+    return entry
+
+
+def require_whole(entry: Path, encoded: int) -> None:
+    """The next build makes of the entry what an undisturbed one makes, and has to encode so many volumes for that."""
+    counted = Counted()
+    cache = build(entry.parent, counted)
+    whole = build(entry.parent.parent / "elsewhere")
+    assert np.array_equal(cache.posteriors, whole.posteriors)
+    assert cache.cases == whole.cases
     assert np.array(cache.posteriors).any(axis=(1, 2, 3, 4, 5, 6)).all()
+    assert counted.encoded == encoded
+    assert entries(entry.parent) == {entry.name}
+    assert entries(entry) == {".lock", "posteriors.npy", "index.json"}
+
+
+def test_an_interrupted_build_goes_on(interrupted: Path) -> None:
+    require_whole(interrupted, encoded=1 + 2)
+
+
+def test_a_build_that_is_interrupted_again_and_again_ends(interrupted: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(interrupted.parent, Counted(fail_after=2))
+    require_whole(interrupted, encoded=1 + 1)
+
+
+def test_a_note_that_was_cut_short_counts_for_nothing(interrupted: Path) -> None:
+    with open(interrupted / "encoded.jsonl", "a") as file:
+        file.write('{"2": "ca')
+    with pytest.raises(KeyboardInterrupt):
+        build(interrupted.parent, Counted(fail_after=2))  # volume 2, noted behind what was cut
+    require_whole(interrupted, encoded=1 + 1)
+
+
+@pytest.mark.parametrize("what", ["key", "shape", "length", "note"])
+def test_what_does_not_belong_together_is_made_anew(interrupted: Path, what: str) -> None:
+    posteriors, journal = interrupted / "posteriors.npy", interrupted / "encoded.jsonl"
+    if what == "key":
+        journal.write_text("another\n" + journal.read_text().partition("\n")[2])
+    elif what == "shape":
+        np.save(posteriors, np.ones((COUNT, 1, 2, 3, 8, 8, 4), np.float16))
+    elif what == "length":
+        os.truncate(posteriors, posteriors.stat().st_size - 1)
+    else:
+        journal.unlink()
+    require_whole(interrupted, encoded=1 + COUNT)
+
+
+def test_volumes_are_noted_only_when_their_data_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "SECONDS_BETWEEN_MARKS", 0)
+    small = tiny.Volumes(tiny.images(COUNT, side=8))  # their posteriors would fit a file's buffer
+    whole = build(tmp_path / "whole", volumes=small).posteriors
+    flushed: list[int] = []
+    fsync, add = os.fsync, EncodedVolumes.add
+
+    def noting(file: int) -> None:
+        fsync(file)
+        flushed.append(os.fstat(file).st_ino)
+
+    def checking(journal: EncodedVolumes, cases: dict[int, str]) -> None:
+        posteriors = journal.path.parent / "posteriors.npy"
+        assert flushed[-1] == posteriors.stat().st_ino
+        stored = np.load(posteriors)
+        assert all(np.array_equal(stored[i], whole[i]) for i in cases)
+        add(journal, cases)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(EncodedVolumes, "add", checking)
+    assert len(build(tmp_path / "cache", volumes=small)) == COUNT
+
+
+# Two at once
+
+
+def test_two_trainings_do_not_fill_one_entry(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.1)
+    before = (interrupted / "posteriors.npy").read_bytes()
+    with FileLock(interrupted / ".lock"), pytest.raises(OutputError) as refused:
+        build(interrupted.parent)
+    assert str(refused.value) == (
+        f"{interrupted}: another training is encoding these latents; start again when it has: they serve both"
+    )
+    assert (interrupted / "posteriors.npy").read_bytes() == before
+    require_whole(interrupted, encoded=1 + 2)
+
+
+def test_what_another_training_has_just_finished_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_writer = latents.only_writer
+
+    @contextmanager
+    def late(*given: str) -> Iterator[None]:
+        monkeypatch.undo()
+        build(tmp_path)
+        with only_writer(*given):  # type: ignore[arg-type]
+            yield
+
+    monkeypatch.setattr(latents, "only_writer", late)
+    assert len(build(tmp_path, Counted(fail_after=0))) == COUNT
+
+
+def test_a_whole_entry_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path)
+    monkeypatch.setattr(latents, "only_writer", None)
+    assert len(build(tmp_path)) == COUNT
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(OutputError, match=r"cache.*posteriors\.npy: cannot be written: "):
+    with pytest.raises(OutputError, match=r"cache/latents-.*: cannot be locked: "):
         build(tmp_path / "cache")
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve room on a disk")
-def test_a_full_disk_is_noticed_before_the_map_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page of a map that finds no room kills the process without a word."""
+def test_a_full_disk_is_noticed_before_volumes_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbytes = 2 * COUNT * 2 * 3 * 8**3
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=nbytes - 1))
+    counted = Counted(fail_after=1)  # to know the shape
+    with pytest.raises(OutputError, match=r"posteriors\.npy: cannot be written: needs 0\.0 GB, 0\.0 GB are free"):
+        build(tmp_path, counted)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=nbytes))
+    assert len(build(tmp_path)) == COUNT
 
-    def full(file: int, start: int, length: int) -> None:
-        assert length == os.fstat(file).st_size > 2 * COUNT * 2 * 3 * 8**3
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match=r"posteriors\.npy: cannot be written: No space left on device"):
-        build(tmp_path)
-    assert not list(tmp_path.rglob("index.json"))
+def test_a_disk_that_fills_up_loses_nothing(interrupted: Path) -> None:
+    """No file can grow beyond what a limit says: the system answers as it does where a disk is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python has been told to ignore the signal that comes with it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 2 * 3 * 8**3 * 2 + 500, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"posteriors\.npy: cannot be written: File too large"):
+            build(interrupted.parent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    require_whole(interrupted, encoded=1 + 2)
 
 
 # How latents are drawn
@@ -228,6 +352,52 @@ def test_centred_statistics_take_away_each_voxels_mean(tmp_path: Path) -> None:
     )
     assert drawn.std().item() == pytest.approx(1, abs=0.01)
     assert drawn.mean(0).abs().max() < 0.2
+
+
+def test_moments_are_computed_once(tmp_path: Path) -> None:
+    cache, _, _ = random_posteriors(tmp_path)
+    first = {centre: cache.statistics(centre) for centre in (True, False)}
+    again = LatentCache(tmp_path)
+    again.posteriors = np.full_like(again.posteriors, np.nan)  # type: ignore[assignment]
+    for centre, statistics in first.items():
+        assert again.statistics(centre).scale_factor == statistics.scale_factor
+        assert torch.equal(again.statistics(centre).mean, statistics.mean)
+
+
+@pytest.mark.parametrize("kept", [b"", b"damaged", None], ids=["empty", "damaged", "of another shape"])
+def test_moments_that_are_not_these_are_computed_anew(tmp_path: Path, kept: bytes | None) -> None:
+    cache, _, _ = random_posteriors(tmp_path)
+    scale_factor = cache.statistics(False).scale_factor
+    if kept is None:
+        np.save(tmp_path / "moments.npy", np.ones((2, 1, 1, 1, 1)))
+    else:
+        (tmp_path / "moments.npy").write_bytes(kept)
+    for _ in range(2):
+        assert cache.statistics(False).scale_factor == scale_factor
+    assert np.load(tmp_path / "moments.npy").shape == (2, 2, 4, 4, 4)
+
+
+def test_moments_of_an_entry_that_is_encoded_anew_are_forgotten(tmp_path: Path) -> None:
+    cache = build(tmp_path)
+    scale_factor = cache.statistics(False).scale_factor
+    np.save(cache.folder / "moments.npy", np.ones((2, *cache.latent_shape)))
+    (cache.folder / "index.json").unlink()
+    assert build(tmp_path).statistics(False).scale_factor == scale_factor
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache, _, _ = random_posteriors(tmp_path)
+
+    @contextmanager
+    def refusing(path: Path) -> Iterator[Path]:
+        raise OutputError(f"{path}: read-only")
+        yield
+
+    monkeypatch.setattr(latents, "atomic_path", refusing)
+    assert cache.statistics(False).scale_factor > 0
+    assert "warning: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mean", [torch.zeros(1, 1, 1, 1), torch.randn(3, 4, 4, 4)], ids=["one factor", "centred"])

@@ -72,6 +72,24 @@ def test_killed_whenever_and_resumed_is_the_same_as_undisturbed(
     require_same_training(desk, trained, script)
 
 
+def test_killed_while_encoding_goes_on_there(trained: Desk, desk: Desk, run: Run, tmp_path: Path) -> None:
+    """Each time one volume is encoded to know the shape of all."""
+    give_autoencoder(desk, trained, STAGE_2)
+    own_cache = ("--set", f"data.cache_dir={tmp_path / 'cache'}")
+    moments = {
+        "encoding volume 3 of 9": ("ldm3d.latents:_encode", 1 + 4),
+        "volume 4 written, not yet noted": ("ldm3d.encoding:EncodedVolumes.add", 2),
+        "all noted": ("ldm3d.latents:write_text", 1),
+    }
+    for moment, (target, number) in moments.items():
+        faults = [("note_each_encoded_volume",), ("signal_at_call", "SIGKILL", target, number)]
+        assert run(STAGE_2, *own_cache, faults=faults).code == -9, moment
+    done = run(STAGE_2, *own_cache)
+    assert done.code == 0, done.stderr
+    assert "9 of 9 volumes have been encoded before" in done.stderr
+    require_same_training(desk, trained, STAGE_2)
+
+
 # ---------------------------------------------------------------- stopped
 
 
