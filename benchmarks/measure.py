@@ -148,9 +148,9 @@ def _convolution(x: Any, weight: Any, *rest: Any, out_shape: Any, **more: Any) -
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Operations a second of a large matrix product, and of a large 3-D convolution: torch's own best of each."""
-    side = 8192 if device.type == "cuda" else 768
+    side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    channels, edge = (256, 64) if device.type == "cuda" else (64, 24)
+    channels, edge = (256, 64) if device.type == "cuda" else (64, 40)
     convolution = nn.Conv3d(channels, channels, 3, padding=1).to(device, dtype)
     x = torch.randn(2, channels, edge, edge, edge, device=device, dtype=dtype)
     with torch.inference_mode():

@@ -22,23 +22,34 @@ from benchmarks.steps import NUM_VOLUMES, WORKS, named_work
 from ldm3d.allocator import as_glibc_is, keep_freed_memory
 
 RECIPES = {"ours": True, "reference": False}
+REPEATS = 9
 
 
 def main() -> None:
     args = arguments(__doc__).parse_args()
     keep_freed_memory()
-    # Before anything else has warmed the machine up or down: what it can do at best.
-    peak = peak_flops(CPU, torch.float32)
     networks = ["tiny"] if args.tiny else ["medium", "demo"]
     # Validation costs as the forward pass does: it is measured with the small networks alone.
     names = [(name, network) for network in networks for name in WORKS if network != "medium" or name.endswith("step")]
-    rows = [row(name, network, peak, 1 if args.tiny else 3) for name, network in names]
+    before = peak_flops(CPU, torch.float32)
+    rows = [row(name, network, 1 if args.tiny else REPEATS) for name, network in names]
+    # What the machine can do at best; another moment may have been better.
+    peak = {what: max(before[what], again) for what, again in peak_flops(CPU, torch.float32).items()}
+    for entry in rows:
+        add_shares(entry, max(peak.values()))
     print(table(rows))
     write_result(args.output, {"peak_flops": peak, "validated_volumes": NUM_VOLUMES, "rows": rows})
 
 
-def row(name: str, network: str, peak: dict[str, float], repeats: int) -> dict[str, Any]:
-    """Seconds, ratio, memory and achieved share of the machine's peak of one piece of work by both recipes."""
+def add_shares(entry: dict[str, Any], peak: float) -> None:
+    """Achieved share of the machine's operations a second, by the fastest call: as the peak is the fastest, too."""
+    for recipe in RECIPES:
+        fastest = float(entry[f"{recipe} spread"].split()[0])
+        entry[f"{recipe}, share of peak"] = entry[f"{recipe} GFLOP"] * 1e9 / fastest / peak
+
+
+def row(name: str, network: str, repeats: int) -> dict[str, Any]:
+    """Seconds, ratio, memory and counted work of one piece of work by both recipes."""
     cfg = settings(network)
     works = {recipe: WORKS[name](cfg, CPU, ours) for recipe, ours in RECIPES.items()}
     work = {recipe: counted_flops(works[recipe]) for recipe in RECIPES}
@@ -48,7 +59,6 @@ def row(name: str, network: str, peak: dict[str, float], repeats: int) -> dict[s
     # A process for each takes seconds to start, so memory is measured where it says most.
     measured = RECIPES.items() if network == "medium" and name.endswith("step") else ()
     memory = {recipe: peak_resident(named_work, name, network, ours) for recipe, ours in measured}
-    share = {recipe: work[recipe] / timings[recipe].median / max(peak.values()) for recipe in RECIPES}
     return {
         "what": name,
         "networks": network,
@@ -58,8 +68,6 @@ def row(name: str, network: str, peak: dict[str, float], repeats: int) -> dict[s
         "reference GiB": memory.get("reference"),
         "ours GFLOP": work["ours"] / 1e9,
         "reference GFLOP": work["reference"] / 1e9,
-        "ours, share of peak": share["ours"],
-        "reference, share of peak": share["reference"],
     }
 
 

@@ -123,7 +123,7 @@ class DiffusionStage:
             noise = torch.randn((VALIDATION_LEVELS, *clean.shape[1:]), generator=generator).to(self.device)
             losses = self._losses(self.ema.network, clean.expand(len(noise), -1, -1, -1, -1), noise, timesteps)
             sums += torch.cat([losses, torch.ones(1, device=self.device)]).double().cpu()
-            if not torch.isfinite(losses).all():
+            if not torch.isfinite(losses).all().item():
                 bad.append(cache.cases[index])
         require_finite_validation("loss", bad)
         sums = distributed.all_sum(sums)
