@@ -92,7 +92,9 @@ def draw(ratios: list[Ratio], path: Path) -> None:
     places = range(len(ratios) - 1, -1, -1)
     axes.barh(places, [ratio.value for ratio in ratios], height=0.62, color="#3b6ea5")
     for place, ratio in zip(places, ratios, strict=True):
-        axes.text(ratio.value * 1.06, place, f"{ratio.value:.3g}", va="center", fontsize=9)
+        # In front of the goals' marks, one of which may be where the number is.
+        label = axes.text(ratio.value * 1.06, place, f"{ratio.value:.3g}", va="center", fontsize=9, zorder=5)
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
         if ratio.goal:
             axes.plot([ratio.goal] * 2, [place - 0.4, place + 0.4], color="#c0392b", linewidth=2)
     if any(ratio.goal for ratio in ratios):

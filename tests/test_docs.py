@@ -516,6 +516,11 @@ def test_picture_shows_every_room_and_script_and_no_other(code: str) -> None:
     assert {name for name in others if not (is_path(name) and made_by(name, code))} == set()
 
 
+def test_the_speed_table_is_what_was_measured() -> None:
+    table = README.read_text().split("<!-- speed table -->\n")[1].split("<!-- /speed table -->")[0]
+    assert table == (ROOT / "benchmarks" / "results" / "speed.md").read_text()
+
+
 # The checks can fail.
 
 BAD_PAGE = """
