@@ -12,7 +12,7 @@ from typing import Any
 from ldm3d.console import log
 from ldm3d.errors import ConfigError, DataError
 from ldm3d.nifti import stem_of
-from ldm3d.schema import DataConfig
+from ldm3d.sections import DataConfig
 
 CHANNELS = ("flair", "t1", "t1gd", "t2")
 """Contrasts by the number that the configuration's `channel` gives."""

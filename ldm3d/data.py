@@ -15,7 +15,8 @@ from ldm3d.cache import VolumeCache, to_float
 from ldm3d.cases import CHANNELS, Case, cache_folder, find_cases
 from ldm3d.console import log
 from ldm3d.errors import ConfigError, UserError
-from ldm3d.schema import Config, Environment, Optimization
+from ldm3d.schema import Config, Environment
+from ldm3d.sections import Optimization
 from ldm3d.splits import Split, split_cases
 from ldm3d.volumes import crop_or_pad, padded_size
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm3d.errors import ConfigError
 from ldm3d.randomness import StepRandom
-from ldm3d.schema import SAMPLERS, DdpmSchedule, RFlowSchedule, SamplerName, Schedule
+from ldm3d.sections import SAMPLERS, DdpmSchedule, RFlowSchedule, SamplerName, Schedule
 
 DEFAULT_STEPS: dict[str, int] = {"rflow": 30, "ddim": 50, "pndm": 50}
 Denoise = Callable[[Tensor, Tensor], Tensor]

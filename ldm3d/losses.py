@@ -9,7 +9,7 @@ from monai.losses import PatchAdversarialLoss, PerceptualLoss
 from torch import Tensor, nn
 
 from ldm3d.console import log
-from ldm3d.schema import AutoencoderTrain
+from ldm3d.sections import AutoencoderTrain
 
 
 def kl_divergence(mean: Tensor, sigma: Tensor) -> Tensor:

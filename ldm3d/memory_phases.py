@@ -24,7 +24,8 @@ from ldm3d.networks import build_autoencoder, checkpoint_blocks
 from ldm3d.perceptual_shape import NETWORKS, PerceptualShape
 from ldm3d.randomness import StepRandom
 from ldm3d.sampling import Sampler
-from ldm3d.schema import SAMPLERS, Config
+from ldm3d.schema import Config
+from ldm3d.sections import SAMPLERS
 from ldm3d.slabs import Keep
 from ldm3d.training import Precision
 

@@ -19,7 +19,8 @@ from ldm3d import distributed
 from ldm3d.errors import ConfigError, OutputError
 from ldm3d.mlflow_tracking import MlflowRun
 from ldm3d.profiling import StepProfiler
-from ldm3d.schema import Config, Environment, Optimization
+from ldm3d.schema import Config, Environment
+from ldm3d.sections import Optimization
 
 EVENT_VERSION = "brain.Event:2"
 BY_VOLUMES = "by_volumes"

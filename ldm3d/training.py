@@ -14,7 +14,8 @@ from ldm3d import distributed
 from ldm3d.console import log
 from ldm3d.errors import NonFiniteLoss, NonFiniteValidation
 from ldm3d.networks import checkpoint_blocks, compile_blocks
-from ldm3d.schema import Config, Optimization
+from ldm3d.schema import Config
+from ldm3d.sections import Optimization
 
 
 def prepare_network(network: Any, cfg: Config, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ from ldm3d.definitions import AutoencoderDef, DiffusionDef, DiscriminatorDef, St
 from ldm3d.errors import WeightsError
 from ldm3d.files import atomic_path
 from ldm3d.networks import build_autoencoder, build_unet
-from ldm3d.schema import DdpmSchedule, RFlowSchedule
+from ldm3d.sections import DdpmSchedule, RFlowSchedule
 
 FORMAT_VERSION = 1
 AUTOENCODER, DISCRIMINATOR, UNET = "autoencoder.safetensors", "discriminator.safetensors", "diffusion_unet.safetensors"

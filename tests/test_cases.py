@@ -9,7 +9,7 @@ from nifti_files import make_task01, volume, write
 from ldm3d.cases import Case, find_cases
 from ldm3d.checks import examine
 from ldm3d.errors import ConfigError, DataError
-from ldm3d.schema import DataConfig
+from ldm3d.sections import DataConfig
 
 
 def found(root: Path, channel: int = 0, **data: object) -> list[Case]:

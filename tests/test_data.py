@@ -20,7 +20,8 @@ from ldm3d.cache import VolumeCache
 from ldm3d.cases import Case, find_cases
 from ldm3d.data import EpochSampler, PatchDataset, WholeVolumes, prepare_data, train_loader, validation_loader
 from ldm3d.errors import ConfigError, DataError
-from ldm3d.schema import Config, DataConfig, Environment
+from ldm3d.schema import Config, Environment
+from ldm3d.sections import DataConfig
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data"

@@ -19,7 +19,7 @@ from ldm3d.diffusion import (
     sample_latent,
 )
 from ldm3d.errors import ConfigError
-from ldm3d.schema import DdpmSchedule, RFlowSchedule, Schedule
+from ldm3d.sections import DdpmSchedule, RFlowSchedule, Schedule
 
 FLOW = RFlowSchedule(type="rflow")
 KINDS = ("linear_beta", "scaled_linear_beta", "sigmoid_beta", "cosine")

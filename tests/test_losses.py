@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence as exact_kl
 
 from ldm3d import losses
 from ldm3d.losses import AutoencoderLoss, kl_divergence, load_perceptual
-from ldm3d.schema import AutoencoderTrain
+from ldm3d.sections import AutoencoderTrain
 
 
 def train(**changes: Any) -> AutoencoderTrain:

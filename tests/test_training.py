@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm3d import distributed
 from ldm3d.errors import NonFiniteLoss
-from ldm3d.schema import AutoencoderTrain, Optimization
+from ldm3d.sections import AutoencoderTrain, Optimization
 from ldm3d.training import (
     EMA,
     Optimizer,

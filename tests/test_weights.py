@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ldm3d import weights
 from ldm3d.definitions import DiscriminatorDef
 from ldm3d.errors import OutputError, WeightsError
-from ldm3d.schema import DdpmSchedule
+from ldm3d.sections import DdpmSchedule
 from ldm3d.tutorial import read_tutorial_weights
 from ldm3d.weights import (
     AUTOENCODER,
