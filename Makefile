@@ -64,12 +64,12 @@ sample: $(VENV)/run
 	@echo "== 4 brains with the demo weights in $(WEIGHTS)"
 	@$(PY) inference.py -c config/config_demo.json -e config/environment_sample.json --num 4
 
-bench: $(VENV)/run
+bench: $(VENV)/dev
 	@for part in train_step sampling data loss growth plot; do \
 	  echo "== benchmarks.$$part"; $(PY) -W ignore -m benchmarks.$$part || exit 1; done
 	@echo "== results are in benchmarks/results, the plot is figs/speed.png"
 
-bench-gpu: $(VENV)/run
+bench-gpu: $(VENV)/dev
 	@$(PY) -W ignore -m benchmarks.gpu
 	@$(PY) -m benchmarks.plot
 
