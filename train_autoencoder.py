@@ -109,7 +109,7 @@ def dry_run(stage: AutoencoderStage, loaders: tuple[Any, Any], run: Run) -> None
 def fit(stage: AutoencoderStage, loaders: tuple[Any, Any], run: Run, position: Position, facts: dict[str, Any]) -> None:
     """Every epoch: train, now and then validate, publish what is best. `run.pause` saves what the next step needs."""
     train = run.cfg.autoencoder_train
-    if run.init_from:
+    if run.begins_with_a_candidate(position):
         # What it starts with is the first candidate: a training that makes it worse publishes nothing.
         judge(stage, loaders[1], run, position, facts)
     while position.epoch < train.max_epochs:

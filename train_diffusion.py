@@ -126,7 +126,7 @@ def dry_run(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run:
 def fit(stage: DiffusionStage, latents: Latents, sampler: EpochSampler, run: Run, position: Position) -> None:
     """Every epoch: train, now and then validate, publish what is best. `run.pause` saves what the next step needs."""
     train = run.cfg.diffusion_train
-    if run.init_from:
+    if run.begins_with_a_candidate(position):
         # What it starts with is the first candidate: a training that makes it worse publishes nothing.
         judge(stage, latents, run, position)
     while position.epoch < train.max_epochs:

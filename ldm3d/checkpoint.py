@@ -161,16 +161,16 @@ def read_state(path: Path) -> State:
 
 
 def _require_same(path: Path, was: State, now: State) -> None:
-    was, now = _flat(was), _flat(now)
+    was, now = flat(was), flat(now)
     different = [key for key, value in now.items() if was.get(key) != value]
     if different:
         shown = "; ".join(f"{key} was {was.get(key)!r}, is {now[key]!r}" for key in different)
         raise CheckpointError(f"{path}: belongs to another training: {shown}")
 
 
-def _flat(values: State, place: str = "") -> State:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`, so that a message names the very key."""
-    flat: State = {}
+def flat(values: State, place: str = "") -> State:
+    """Nested settings `{"a": {"b": 1}}` as `{"a.b": 1}`, by their very keys."""
+    found: State = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
-    return flat
+        found |= flat(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
+    return found

@@ -4,6 +4,7 @@ Nothing is computed and no GPU is needed; see `ldm3d.live_bytes` for what is cou
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +37,7 @@ CHECKPOINTING: tuple[bool | str, ...] = (False, "norms", "blocks")
 FACTS: dict[str, Any] = {"trained_on": "", "num_train": 1, "step": 0, "channel": 0, "spacing": (1.0, 1.0, 1.0)}
 
 
-class TracedStage:
+class TracedStage(ABC):
     """One stage on stand-ins, whose training step can be repeated with other settings.
 
     Args:
@@ -62,14 +63,14 @@ class TracedStage:
     batch_size: int
     patch_size: tuple[int, int, int]
 
-    def build(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def build(self) -> None: ...
 
-    def make_batch(self, batch_size: int, patch_size: Sequence[int]) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def make_batch(self, batch_size: int, patch_size: Sequence[int]) -> Any: ...
 
-    def step(self, batch: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self, batch: Any) -> None: ...
 
     def set_up(self, autocast: bool, checkpointing: bool | str) -> None:
         """Switch precision and recomputation, whatever they were before."""
@@ -106,20 +107,20 @@ class TracedStage:
     def batch(self) -> int:
         return nbytes(self.make_batch(self.batch_size, self.patch_size))
 
+    @abstractmethod
     def parameters(self) -> int:
         """Bytes of all networks that are on the device while the stage trains."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moments(self) -> int:
         """Bytes of AdamW's two moments."""
-        raise NotImplementedError
 
     def ema(self) -> int:
         return 0
 
+    @abstractmethod
     def validate(self) -> int:
         """Peak of validating one volume."""
-        raise NotImplementedError
 
     def gradients(self) -> int:
         """Bytes of those that are there now; between two steps there are none."""

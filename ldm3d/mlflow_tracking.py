@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import safe_open
 
 from ldm3d import __version__, distributed
+from ldm3d.checkpoint import flat
 from ldm3d.console import log
 from ldm3d.errors import ConfigError
 from ldm3d.files import sha256, write_text
@@ -173,7 +174,7 @@ class MlflowRun:
         title = f"{self.stage} {datetime.now(UTC):%Y-%m-%d %H:%M}"
         tags = {"stage": self.stage, "code_version": __version__}
         run_id = self.client.create_run(experiment, tags=tags, run_name=title).info.run_id
-        settings = _flat(self.cfg.model_dump(mode="json", by_alias=True))
+        settings = flat(self.cfg.model_dump(mode="json", by_alias=True))
         params = [Param(key, str(value)) for key, value in settings.items()]
         for first in range(0, len(params), PARAMS_AT_ONCE):
             self.client.log_batch(run_id, params=params[first : first + PARAMS_AT_ONCE])
@@ -232,14 +233,6 @@ def _described(path: Path) -> dict[str, str]:
         card = json.loads(file.metadata()["ldm3d"])
     measures = {f"validation.{name}": f"{value:.6g}" for name, value in card["validation"].items()}
     return {name: str(card[name]) for name in ("step", "trained_on", "num_train")} | measures
-
-
-def _flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
-    return flat
 
 
 def _reason(error: Exception) -> str:

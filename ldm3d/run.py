@@ -71,6 +71,13 @@ class Run:
         if asked:
             raise Stopped(int(asked))
 
+    def begins_with_a_candidate(self, position: Position) -> bool:
+        """Whether the weights that the run begins with are yet to be judged: given ones, before the first step.
+
+        A state of step 0 can only be that of a run that was stopped while it judged them.
+        """
+        return position.step == 0 and (self.resume or self.init_from is not None)
+
     def going_on(self) -> bool:
         """Whether this process was not asked to stop; for what may be given up in the middle."""
         return not self.stop.signum

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,19 @@ from typing import Any
 import pytest
 import torch
 from scripts import NUM_TRAIN, ROOT, STEPS_PER_EPOCH, Desk, Result, tree
-from test_scripts import STAGE_1, STAGE_2, STATE, both_stages, events, give_autoencoder, require_same_training
+from test_scripts import (
+    SECTION,
+    STAGE_1,
+    STAGE_2,
+    STATE,
+    WEIGHTS,
+    both_stages,
+    events,
+    give_autoencoder,
+    require_same_training,
+    tensors,
+)
+from tiny import equal_states
 
 Run = Callable[..., Result]
 EVERY_STEP = ("--set", "checkpoint_every_minutes=0")
@@ -112,6 +125,20 @@ def test_sigterm_saves_and_says_143(moment: str, script: str, trained: Desk, des
     }[moment]
     assert run(script, "--resume").code == 0
     require_same_training(desk, trained, script)
+
+
+@both_stages
+def test_stopped_while_the_given_weights_are_judged(script: str, trained: Desk, desk: Desk, run: Run) -> None:
+    """Resumed, they are judged all the same: a training that makes them worse publishes nothing."""
+    give_autoencoder(desk, trained, script)
+    given = Path(shutil.copytree(trained.model, desk.folder / "given"))
+    settings = ("--set", f"{SECTION[script]}.max_epochs=1", "--set", f"{SECTION[script]}.lr=0.5")
+    fault = ("signal_at_call", "SIGTERM", IN_VALIDATION[script], 1)
+    assert run(script, "--init-from", given, *settings, faults=[fault]).code == 143
+    assert torch.load(desk.model / STATE[script], weights_only=True)["step"] == 0
+    assert run(script, "--resume", *settings).code == 0
+    for name in WEIGHTS[script]:
+        assert equal_states(tensors(desk.model / name), tensors(given / name))
 
 
 def test_a_second_signal_of_the_same_request_is_none(desk: Desk, run: Run) -> None:
