@@ -18,6 +18,7 @@ import torch
 
 import utils
 from ldm3d import __version__, distributed
+from ldm3d.cards import AUTOENCODER
 from ldm3d.cases import Case
 from ldm3d.config import load_config, load_environment
 from ldm3d.console import progress
@@ -32,7 +33,7 @@ from ldm3d.report import Report, Volumes, draw_report
 from ldm3d.schema import Config
 from ldm3d.training import Precision
 from ldm3d.volumes import crop_or_pad, resample
-from ldm3d.weights import AUTOENCODER, check_definition, load_autoencoder
+from ldm3d.weights import check_definition, load_autoencoder
 
 RANGE_TOLERANCE = 1e-3
 

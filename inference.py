@@ -5,23 +5,24 @@ python inference.py -c config/config_demo.json -e config/environment_demo.json -
 
 import argparse
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 import utils
-from ldm3d import __version__, distributed
+from ldm3d import distributed
+from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard
 from ldm3d.config import load_config, load_environment
 from ldm3d.console import log, progress
 from ldm3d.data import PatchDataset, on_main, prepare_data
-from ldm3d.diffusion import choose_sampler
 from ldm3d.errors import ConfigError
 from ldm3d.files import require_writable
 from ldm3d.montage import montage
-from ldm3d.nifti import read_volume, write_volume
-from ldm3d.sampling import LARGEST_SEED, Sampler
+from ldm3d.nifti import read_volume
+from ldm3d.samplers import LARGEST_SEED, choose_sampler
+from ldm3d.samples import file_name, write_sample
+from ldm3d.sampling import Sampler, VolumeId
 from ldm3d.schema import Config, Environment
 from ldm3d.tutorial import (
     has_tutorial_weights,
@@ -29,7 +30,7 @@ from ldm3d.tutorial import (
     measured_scale_factor,
     tutorial_sampler,
 )
-from ldm3d.weights import AUTOENCODER, UNET, AutoencoderCard, check_definition, read_weights
+from ldm3d.weights import check_definition, read_weights
 
 # Volumes whose latents give the scale factor of weights that do not know theirs.
 SCALE_VOLUMES = 16
@@ -49,9 +50,9 @@ def main() -> None:
         share = range(distributed.rank(), args.num, distributed.world_size())
         for batch in batches(share, batch_size, steps):
             volumes = sampler.sample(args.seed, batch.indices, scheduler, steps, batch.on_step)
-            for index, volume in zip(batch.indices, volumes, strict=True):
-                settings = {"seed": args.seed, "index": index, "scheduler": scheduler, "steps": steps}
-                write(output, sampler, volume, settings, args.dtype)
+            for index, values in zip(batch.indices, volumes, strict=True):
+                volume = VolumeId(args.seed, index)
+                write_sample(output / file_name(volume), sampler, volume, values, scheduler, steps, args.dtype)
         distributed.barrier()
         if distributed.is_main():
             draw(output, args.seed, args.num, sampler)
@@ -144,36 +145,8 @@ def batches(share: range, batch_size: int, steps: int) -> Iterator[Batch]:
     next(ticks, None)
 
 
-def file_name(seed: int, index: int) -> str:
-    return f"synimg_{seed}_{index}.nii.gz"
-
-
-def write(
-    output: Path, sampler: Sampler, volume: torch.Tensor, settings: dict[str, Any], dtype: Literal["float32", "int16"]
-) -> None:
-    """The volume, and beside it how it was made."""
-    sidecar = {
-        **settings,
-        "weights_sha256": sampler.digests,
-        "scale_factor": sampler.card.scale_factor,
-        "spacing_mm": sampler.card.spacing,
-        "intensity_range": sampler.card.intensity_range,
-        "device": str(sampler.device),
-        # On a CPU another number of threads adds in another order, which shows in the last digit.
-        "threads": torch.get_num_threads(),
-        "precision": str(sampler.precision.dtype) if sampler.precision.enabled else "torch.float32",
-        # In pieces or windows an image is another one in the last digits, or more.
-        "decoding": str(sampler.decoding),
-        "code_version": __version__,
-        "torch_version": torch.__version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    path = output / file_name(settings["seed"], settings["index"])
-    write_volume(path, volume[0].numpy(), sampler.card.spacing, dtype, sidecar)
-
-
 def draw(output: Path, seed: int, num: int, sampler: Sampler) -> None:
-    names = [file_name(seed, index) for index in range(num)]
+    names = [file_name(VolumeId(seed, index)) for index in range(num)]
     volumes = [read_volume(output / name)[0] for name in names]
     # Few volumes are shown large, many side by side.
     per_line = 2 if num <= 8 else 4

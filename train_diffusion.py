@@ -10,6 +10,7 @@ import torch
 
 import utils
 from ldm3d import distributed
+from ldm3d.cards import AUTOENCODER, AutoencoderCard
 from ldm3d.console import log
 from ldm3d.data import EpochSampler, Key, PatchDataset, Prepared, cache_folder, prepare_data
 from ldm3d.diffusion_stage import Batch, DiffusionStage
@@ -24,7 +25,7 @@ from ldm3d.replay import kept_for_replay, replay
 from ldm3d.run import Run
 from ldm3d.sampling import Sampler
 from ldm3d.schema import Config
-from ldm3d.weights import AUTOENCODER, AutoencoderCard, check_definition, load_autoencoder
+from ldm3d.weights import check_definition, load_autoencoder
 
 # Of the volumes generated for TensorBoard: always the same noise, so that pictures of different epochs compare.
 PREVIEW_SEED, PREVIEW_VOLUMES = 0, 2

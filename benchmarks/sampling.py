@@ -16,12 +16,12 @@ from benchmarks.reference import NUM_TIMESTEPS, ReferenceDiffusion
 from benchmarks.settings import CPU, settings
 from benchmarks.steps import volumes
 from ldm3d.allocator import as_glibc_is, keep_freed_memory
+from ldm3d.cards import DiffusionCard
 from ldm3d.latents import LatentStatistics
 from ldm3d.networks import build_autoencoder, build_unet
 from ldm3d.sampling import Sampler
 from ldm3d.schema import Config
 from ldm3d.sections import RFlowSchedule
-from ldm3d.weights import DiffusionCard
 
 WEIGHTS = Path("checkpoints/demo")
 BATCH = 4

@@ -9,6 +9,7 @@ from monai.networks.nets import AutoencoderKL
 from torch import Tensor
 
 from ldm3d import distributed
+from ldm3d.cards import AUTOENCODER, DISCRIMINATOR, AutoencoderCard, DiscriminatorCard
 from ldm3d.errors import NonFiniteLoss
 from ldm3d.kernels import batch_invariant
 from ldm3d.losses import AutoencoderLoss
@@ -26,16 +27,7 @@ from ldm3d.training import (
     require_finite_validation,
     value_range,
 )
-from ldm3d.weights import (
-    AUTOENCODER,
-    DISCRIMINATOR,
-    AutoencoderCard,
-    DiscriminatorCard,
-    check_definition,
-    load_into,
-    read_weights,
-    save_weights,
-)
+from ldm3d.weights import check_definition, load_into, read_weights, save_weights
 
 Batch = dict[str, Any]
 

@@ -1,6 +1,5 @@
 """Noise schedules: how a latent is noised in training, what the network is to predict, how it is sampled."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +7,9 @@ import torch
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from torch import Tensor
 
-from ldm3d.errors import ConfigError
 from ldm3d.randomness import StepRandom
-from ldm3d.sections import SAMPLERS, DdpmSchedule, RFlowSchedule, SamplerName, Schedule
+from ldm3d.sections import DdpmSchedule, RFlowSchedule, SamplerName, Schedule
 
-DEFAULT_STEPS: dict[str, int] = {"rflow": 30, "ddim": 50, "pndm": 50}
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -76,49 +73,6 @@ def build_diffusion(schedule: Schedule) -> RectifiedFlow | GaussianDiffusion:
     return RectifiedFlow(schedule) if isinstance(schedule, RFlowSchedule) else GaussianDiffusion(schedule)
 
 
-def choose_sampler(schedule: Schedule, name: str | None, steps: int | None) -> tuple[SamplerName, int]:
-    """Sampler and number of steps that a trained schedule allows.
-
-    Raises:
-        ConfigError: the sampler does not fit the training, or the steps are out of range.
-    """
-    allowed = SAMPLERS[schedule.type]
-    chosen = name or allowed[0]
-    if chosen not in allowed:
-        raise ConfigError(f"scheduler {chosen!r}: weights trained with {schedule.type} are sampled with {_or(allowed)}")
-    most = schedule.num_train_timesteps
-    count = _default_steps(chosen, most) if steps is None else steps
-    if not 1 <= count <= most:
-        raise ConfigError(f"steps {count}: must be between 1 and {most}")
-    if chosen == "ddpm" and count != most:
-        raise ConfigError(f"steps {count}: ddpm takes all {most} steps; fewer need ddim or pndm")
-    if chosen == "pndm" and count != most:
-        _require_whole_range(count, most)
-    return chosen, count
-
-
-def _default_steps(sampler: SamplerName, most: int) -> int:
-    wanted = min(DEFAULT_STEPS.get(sampler, most), most)
-    return _whole_strides(wanted, most) if sampler == "pndm" else wanted
-
-
-def _require_whole_range(count: int, most: int) -> None:
-    """MONAI's PNDM strides by a whole number up from 0: 600 of 1000 steps would take pure noise for timestep 599."""
-    first = (count - 1) * (most // count)
-    if first < 0.8 * most:
-        better = _whole_strides(max(count, 10), most)
-        raise ConfigError(f"steps {count}: pndm would begin at timestep {first} of {most}; use {better} steps, or ddim")
-
-
-def _whole_strides(count: int, most: int) -> int:
-    """`count`, or as many steps fewer as let a whole stride reach from the first timestep to the last."""
-    return most // math.ceil(most / count)
-
-
-def _or(names: tuple[str, ...]) -> str:
-    return " or ".join(names)
-
-
 def sample_latent(
     denoise: Denoise,
     noise: Tensor,
@@ -135,7 +89,7 @@ def sample_latent(
         noise: standard normal (B, C, X, Y, Z).
         generators: one for each sample, for samplers that add noise on the way; on the CPU.
         schedule: what the network was trained with.
-        sampler: from `choose_sampler`.
+        sampler: from `ldm3d.samplers.choose_sampler`.
         steps: number of evaluations of the network.
         on_step: called with the number of each finished step.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm3d import distributed
+from ldm3d.cards import UNET, DiffusionCard
 from ldm3d.diffusion import build_diffusion
 from ldm3d.errors import NonFiniteLoss, WeightsError
 from ldm3d.latents import LatentCache, LatentStatistics
@@ -27,7 +28,7 @@ from ldm3d.training import (
     require_finite_validation,
     value_range,
 )
-from ldm3d.weights import LATENT_MEAN, UNET, DiffusionCard, check_definition, load_into, read_weights, save_weights
+from ldm3d.weights import LATENT_MEAN, check_definition, load_into, read_weights, save_weights
 
 Batch = dict[str, Any]
 

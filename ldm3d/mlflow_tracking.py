@@ -12,12 +12,12 @@ import numpy as np
 from safetensors import safe_open
 
 from ldm3d import __version__, distributed
+from ldm3d.cards import AUTOENCODER, DISCRIMINATOR, UNET
 from ldm3d.checkpoint import flat
 from ldm3d.console import log
 from ldm3d.errors import ConfigError
 from ldm3d.files import sha256, write_text
 from ldm3d.schema import Config
-from ldm3d.weights import AUTOENCODER, DISCRIMINATOR, UNET
 
 # A model version is all that its use needs: what stage 2 publishes samples by itself.
 WEIGHTS = {"autoencoder": (AUTOENCODER, DISCRIMINATOR), "diffusion": (UNET, AUTOENCODER)}

@@ -8,22 +8,30 @@ another number of threads, and on a GPU another batch size, can add in another o
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
+from ldm3d.cards import AUTOENCODER, UNET, DiffusionCard
 from ldm3d.console import log
 from ldm3d.decoding import GIB, Plan, choose_plan, decode
-from ldm3d.diffusion import choose_sampler, sample_latent
+from ldm3d.diffusion import sample_latent
 from ldm3d.errors import ConfigError, WeightsError
 from ldm3d.files import sha256
 from ldm3d.kernels import batch_invariant, has_onednn
 from ldm3d.latents import LatentStatistics
+from ldm3d.samplers import LARGEST_SEED, choose_sampler
 from ldm3d.training import Precision
-from ldm3d.weights import AUTOENCODER, UNET, DiffusionCard, load_autoencoder, load_unet
+from ldm3d.weights import load_autoencoder, load_unet
 
-LARGEST_SEED = 2**63 - 1
+
+class VolumeId(NamedTuple):
+    """Which volume: `number`, from 0, of the request with this seed."""
+
+    seed: int
+    number: int
 
 
 class Sampler:
@@ -81,7 +89,6 @@ class Sampler:
         statistics = LatentStatistics(mean, card.scale_factor)
         return cls(autoencoder, unet, statistics, card, device, amp, digests, decode_gib)
 
-    @torch.inference_mode()
     def sample(
         self,
         seed: int,
@@ -90,11 +97,21 @@ class Sampler:
         steps: int | None = None,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> Tensor:
-        """Generate the volumes `indices` of a request together.
+        """Generate the volumes `indices` of one request together: `sample_volumes` with one seed."""
+        return self.sample_volumes([VolumeId(seed, index) for index in indices], scheduler, steps, on_step)
+
+    @torch.inference_mode()
+    def sample_volumes(
+        self,
+        volumes: Sequence[VolumeId],
+        scheduler: str | None = None,
+        steps: int | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> Tensor:
+        """Generate volumes, of one request or of several, together.
 
         Args:
-            seed: of the request, 0 to 2^63 - 1.
-            indices: which of the request's volumes.
+            volumes: which.
             scheduler: ddpm, ddim, pndm or rflow; None for the default of the training.
             steps: network evaluations; None for the scheduler's default.
             on_step: called after each step with its number.
@@ -107,7 +124,7 @@ class Sampler:
                 memory enough to decode.
         """
         name, count = choose_sampler(self.card.schedule, scheduler, steps)
-        generators = [volume_generator(seed, index) for index in indices]
+        generators = [volume_generator(*volume) for volume in volumes]
         noise = torch.stack([torch.randn(self.card.latent_shape, generator=g) for g in generators]).to(self.device)
         with batch_invariant(self.device):
             latents = sample_latent(self._denoise, noise, generators, self.card.schedule, name, count, on_step)

@@ -9,13 +9,14 @@ import torch
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor
 
+from ldm3d.cards import DiffusionCard
 from ldm3d.errors import WeightsError
 from ldm3d.files import sha256
 from ldm3d.latents import LatentStatistics
 from ldm3d.networks import build_autoencoder, build_unet
 from ldm3d.sampling import Sampler
 from ldm3d.schema import Config
-from ldm3d.weights import DiffusionCard, Network, load_into, read_pickled, require_finite
+from ldm3d.weights import Network, load_into, read_pickled, require_finite
 
 AUTOENCODER, UNET = "autoencoder.pt", "diffusion_unet.pt"
 

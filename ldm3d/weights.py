@@ -1,74 +1,22 @@
 """Published weights: safetensors that carry all that is needed to rebuild and use them without the config."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
-from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm3d import __version__
-from ldm3d.definitions import AutoencoderDef, DiffusionDef, DiscriminatorDef, Strict
+from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard, Card, DiffusionCard, WeightsCard, not_whole, read_card
+from ldm3d.definitions import Strict
 from ldm3d.errors import WeightsError
 from ldm3d.files import atomic_path
 from ldm3d.networks import build_autoencoder, build_unet
-from ldm3d.sections import DdpmSchedule, RFlowSchedule
 
-FORMAT_VERSION = 1
-AUTOENCODER, DISCRIMINATOR, UNET = "autoencoder.safetensors", "discriminator.safetensors", "diffusion_unet.safetensors"
 LATENT_MEAN = "latent_mean"
-Card = TypeVar("Card", bound="WeightsCard")
 Network = TypeVar("Network", bound=nn.Module)
-
-
-class WeightsCard(Strict):
-    """What stands beside every published weights file's tensors."""
-
-    format_version: int = FORMAT_VERSION
-    code_version: str = __version__
-    trained_on: str
-    """Digest of the training volumes' contents."""
-    num_train: int
-    """Number of training volumes."""
-    step: int
-    """Optimizer steps taken."""
-    channel: int
-    """Contrast, as in the config."""
-    spacing: tuple[float, float, float]
-    """Voxel size of the volumes in mm."""
-    intensity_range: tuple[float, float] = (0.0, 1.0)
-    """Range of the volumes' values."""
-
-
-class AutoencoderCard(WeightsCard):
-    definition: AutoencoderDef
-    validation: dict[str, float] = Field(default_factory=dict)
-    """Validation measures at the time of saving."""
-
-
-class DiscriminatorCard(WeightsCard):
-    definition: DiscriminatorDef
-
-
-class DiffusionCard(WeightsCard):
-    definition: DiffusionDef
-    schedule: DdpmSchedule | RFlowSchedule = Field(discriminator="type")
-    scale_factor: float
-    """Latents are multiplied by this before diffusion and divided by it before decoding."""
-    latent_shape: tuple[int, int, int, int]
-    """(C, X, Y, Z) of one latent."""
-    autoencoder_sha256: str
-    """Digest of the autoencoder's weights whose latents were learned."""
-    ema_decay: float
-    """Decay of the running average that these weights are; 0 where they are the last step's."""
-    conditioning: dict[str, list[str]] = Field(default_factory=dict)
-    """Conditions that the network knows, and their values. Empty: it generates without conditions."""
-    validation: dict[str, float] = Field(default_factory=dict)
-    """Validation measures at the time of saving."""
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], card: WeightsCard) -> None:
@@ -87,24 +35,12 @@ def read_weights(path: Path, card_type: type[Card]) -> tuple[dict[str, Tensor], 
     Raises:
         WeightsError: the file is missing, damaged, of another kind, of a newer format, or holds NaN or infinity.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weights; train them first, or name their folder as model_dir")
+    card = read_card(path, card_type)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from error
-    if "ldm3d" not in metadata:
-        raise WeightsError(f"{path}: has no description of its network; it was not written by this project")
-    version = _format_version(metadata["ldm3d"])
-    if version != FORMAT_VERSION:
-        raise WeightsError(f"{path}: format version {version}; this code reads version {FORMAT_VERSION}")
-    try:
-        card = card_type.model_validate_json(metadata["ldm3d"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise WeightsError(f"{path}: is not {card_type.__name__}: {first['loc']}: {first['msg']}") from error
+        raise not_whole(path, error) from error
     require_finite(tensors, path)
     return tensors, card
 
@@ -118,14 +54,6 @@ def require_finite(tensors: dict[str, Tensor], path: Path) -> None:
             f"{path}: {len(bad)} of {len(tensors)} tensors hold NaN or infinity (first: {bad[0]}, {count} of "
             f"{tensors[bad[0]].numel()} values); nothing can be made of such weights: take others, or train again"
         )
-
-
-def _format_version(description: str) -> object:
-    try:
-        content = json.loads(description)
-    except ValueError:
-        content = None
-    return content.get("format_version") if isinstance(content, dict) else None
 
 
 def load_into(network: Network, tensors: dict[str, Tensor], path: Path) -> Network:

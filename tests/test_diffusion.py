@@ -15,10 +15,10 @@ from ldm3d.diffusion import (
     GaussianDiffusion,
     RectifiedFlow,
     build_diffusion,
-    choose_sampler,
     sample_latent,
 )
 from ldm3d.errors import ConfigError
+from ldm3d.samplers import choose_sampler
 from ldm3d.sections import DdpmSchedule, RFlowSchedule, Schedule
 
 FLOW = RFlowSchedule(type="rflow")

@@ -20,12 +20,12 @@ import torch
 from test_import_direction import upward_imports
 from torch.distributed.run import get_args_parser
 
-import inference
 import utils
 from ldm3d.config import load_config, load_environment
 from ldm3d.errors import UserError
 from ldm3d.latents import LatentStatistics
-from ldm3d.sampling import Sampler
+from ldm3d.samples import write_sample
+from ldm3d.sampling import Sampler, VolumeId
 from ldm3d.schema import Config, Environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -478,8 +478,7 @@ def test_readme_says_what_a_sidecar_says(tmp_path: Path) -> None:
     cfg = tiny.config()
     statistics = LatentStatistics(torch.zeros(1, 1, 1, 1), 1.25)
     sampler = Sampler(tiny.autoencoder(cfg), tiny.unet(cfg), statistics, tiny.diffusion_card(cfg), tiny.CPU)
-    settings = {"seed": 0, "index": 1, "scheduler": "ddim", "steps": 2}
-    inference.write(tmp_path, sampler, torch.zeros(1, 8, 8, 8), settings, "float32")
+    write_sample(tmp_path / "x.nii.gz", sampler, VolumeId(0, 1), torch.zeros(1, 8, 8, 8), "ddim", 2)
     (path,) = tmp_path.glob("*.json")
     (sentence,) = re.findall(r"A sidecar says how its volume was made: (.*?)\.\s", README.read_text(), re.DOTALL)
     assert spans(sentence) == list(json.loads(path.read_text()))

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm3d.cards import AUTOENCODER, AutoencoderCard
 from ldm3d.config import load_config
 from ldm3d.networks import build_autoencoder
 from ldm3d.nifti import write_volume
 from ldm3d.phantom import make_phantom, write_dataset
 from ldm3d.volumes import scale_intensity
-from ldm3d.weights import AUTOENCODER, AutoencoderCard, save_weights
+from ldm3d.weights import save_weights
 
 SCRIPT = Path(__file__).parents[1] / "evaluate.py"
 SHAPE, SPACING = (24, 32, 24), 6.4

@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The rooms of ldm3d. Each imports from those above it only, so there is no circle.
 ROOMS = """
-    errors files rendezvous distributed lock json_lines console definitions sections schema config
+    errors files rendezvous distributed lock json_lines console definitions sections samplers cards schema config
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
     randomness networks losses diffusion weights encoding allocator kernels training latents checkpoint
-    mlflow_tracking profiling tracking progress slabs decoding_costs decoding sampling tutorial
+    mlflow_tracking profiling tracking progress slabs decoding_costs decoding sampling samples tutorial
     montage features metrics report interior copies
     autoencoder_stage diffusion_stage replay signals run
     live_bytes perceptual_shape memory_phases memory_advice memory

@@ -9,13 +9,15 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from ldm3d.cards import AUTOENCODER, UNET
 from ldm3d.errors import ConfigError, WeightsError
 from ldm3d.files import sha256
 from ldm3d.kernels import BatchInvariant
 from ldm3d.latents import LatentStatistics
-from ldm3d.sampling import LARGEST_SEED, Sampler, volume_generator
+from ldm3d.samplers import LARGEST_SEED
+from ldm3d.sampling import Sampler, volume_generator
 from ldm3d.schema import Config
-from ldm3d.weights import AUTOENCODER, LATENT_MEAN, UNET, save_weights
+from ldm3d.weights import LATENT_MEAN, save_weights
 
 NO_MEAN = torch.zeros(1, 1, 1, 1)
 FLOW = {"NoiseScheduler": {"type": "rflow"}}

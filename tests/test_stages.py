@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ldm3d import training
 from ldm3d.autoencoder_stage import AutoencoderStage
+from ldm3d.cards import AUTOENCODER, DISCRIMINATOR, UNET
 from ldm3d.diffusion_stage import DiffusionStage
 from ldm3d.errors import NonFiniteLoss, NonFiniteValidation, WeightsError
 from ldm3d.latents import LatentCache, LatentStatistics
 from ldm3d.schema import Config
-from ldm3d.weights import AUTOENCODER, DISCRIMINATOR, UNET, load_autoencoder, load_unet
+from ldm3d.weights import load_autoencoder, load_unet
 
 NO_MEAN = torch.zeros(1, 1, 1, 1)
 FLOW = {"NoiseScheduler": {"type": "rflow"}}

@@ -17,17 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ldm3d import weights
+from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard, DiffusionCard, DiscriminatorCard
 from ldm3d.definitions import DiscriminatorDef
 from ldm3d.errors import OutputError, WeightsError
 from ldm3d.sections import DdpmSchedule
 from ldm3d.tutorial import read_tutorial_weights
 from ldm3d.weights import (
-    AUTOENCODER,
     LATENT_MEAN,
-    UNET,
-    AutoencoderCard,
-    DiffusionCard,
-    DiscriminatorCard,
     check_definition,
     load_autoencoder,
     load_into,

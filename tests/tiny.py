@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ldm3d.cards import AutoencoderCard, DiffusionCard
 from ldm3d.networks import build_autoencoder, build_unet
 from ldm3d.randomness import StepRandom
 from ldm3d.schema import Config
-from ldm3d.weights import AutoencoderCard, DiffusionCard
 
 CPU = torch.device("cpu")
 FACTS: dict[str, Any] = {"trained_on": "a" * 64, "num_train": 6, "step": 3, "channel": 0, "spacing": (3.0, 3.0, 3.0)}
