@@ -1,0 +1,1 @@
+"""Deployment: the service, batch sampling, containers, clusters, monitoring."""

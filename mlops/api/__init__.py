@@ -1,0 +1,1 @@
+"""The service: brains over HTTP."""
