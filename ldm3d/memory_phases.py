@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ldm3d.autoencoder_stage import AutoencoderStage
 from ldm3d.decoding import SLAB_BYTES
 from ldm3d.decoding_costs import Costs
-from ldm3d.diffusion import sample_latent
 from ldm3d.diffusion_stage import DiffusionStage
 from ldm3d.latents import LatentStatistics
 from ldm3d.live_bytes import LiveBytes, nbytes, stand_ins
@@ -25,8 +24,8 @@ from ldm3d.networks import build_autoencoder, checkpoint_blocks
 from ldm3d.perceptual_shape import NETWORKS, PerceptualShape
 from ldm3d.randomness import StepRandom
 from ldm3d.sampling import Sampler
+from ldm3d.sampling_memory import take_two_steps
 from ldm3d.schema import Config
-from ldm3d.sections import SAMPLERS
 from ldm3d.slabs import Keep
 from ldm3d.training import Precision
 
@@ -217,13 +216,8 @@ class TracedDiffusion(TracedStage):
         sampler = self.sampler()
         noise = torch.zeros(batch_size, *self.cfg.latent_shape)
 
-        def denoise(latent: Tensor, timesteps: Tensor) -> Tensor:
-            with sampler.precision.autocast():
-                return sampler.unet(latent, timesteps=timesteps).float()
-
-        name = SAMPLERS[self.cfg.noise_schedule.type][0]
         with torch.inference_mode():
-            return self.peak_of(lambda: sample_latent(denoise, noise, [], self.cfg.noise_schedule, name, 2))
+            return self.peak_of(lambda: take_two_steps(sampler, noise))
 
     def decode(self) -> int:
         """Peak of decoding one volume whole."""

@@ -131,13 +131,13 @@ def write_volume(
     dtype: Literal["float32", "int16"] = "float32",
     sidecar: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a volume as `.nii.gz`, centred at the world's origin, and its provenance as `.json` beside it.
+    """Write a volume as `.nii.gz` or `.nii`, centred at the world's origin, and its provenance as `.json` beside it.
 
     The same input gives the same bytes. The sidecar appears first, both appear whole or not at all: there is never
     a volume without its provenance.
 
     Args:
-        path: ends with `.nii.gz`.
+        path: ends with `.nii.gz` or, not compressed, `.nii`.
         volume: (X, Y, Z), RAS, values in [0, 1].
         spacing: voxel size in mm (3).
         dtype: how voxels are stored; "int16" takes half the room and reads back within 1/32767.
@@ -147,13 +147,17 @@ def write_volume(
         OutputError: values that are not finite, or outside [0, 1] for int16; the name; or the folder cannot be written.
     """
     path = Path(path)
-    if not path.name.endswith(".nii.gz"):
-        raise OutputError(f"{path}: the name of a volume must end with .nii.gz")
+    if not path.name.endswith((".nii.gz", ".nii")):
+        raise OutputError(f"{path}: the name of a volume must end with .nii.gz or .nii")
     image = _image(path, np.asarray(volume, dtype=np.float32), spacing, dtype)
     with atomic_path(path) as temporary:
-        # An empty name and time 0 in the gzip header: bytes depend on the content alone.
-        with open(temporary, "wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
-            image.to_stream(file)
+        with open(temporary, "wb") as raw:
+            if path.name.endswith(".gz"):
+                # An empty name and time 0 in the gzip header: bytes depend on the content alone.
+                with gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
+                    image.to_stream(file)
+            else:
+                image.to_stream(raw)
         if sidecar is not None:
             write_text(path.with_name(f"{stem_of(path)}.json"), json.dumps(sidecar, indent=2, allow_nan=False) + "\n")
 

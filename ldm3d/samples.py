@@ -12,8 +12,8 @@ from ldm3d.nifti import write_volume
 from ldm3d.sampling import Sampler, VolumeId
 
 
-def file_name(volume: VolumeId) -> str:
-    return f"synimg_{volume.seed}_{volume.number}.nii.gz"
+def file_name(volume: VolumeId, extension: str = "nii.gz") -> str:
+    return f"synimg_{volume.seed}_{volume.number}.{extension}"
 
 
 def write_sample(
@@ -28,7 +28,7 @@ def write_sample(
     """Write a volume, and beside it how it was made.
 
     Args:
-        path: ends with `.nii.gz`; usually `file_name` in a folder.
+        path: ends with `.nii.gz` or `.nii`; usually `file_name` in a folder.
         sampler: made it.
         volume: which one it is.
         values: (1, X, Y, Z) in [0, 1].

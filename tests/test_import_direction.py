@@ -19,7 +19,7 @@ ROOMS = """
     mlflow_tracking profiling tracking progress slabs decoding_costs decoding sampling samples tutorial
     montage features metrics report interior copies
     autoencoder_stage diffusion_stage replay signals run
-    live_bytes perceptual_shape memory_phases memory_advice memory
+    live_bytes sampling_memory perceptual_shape memory_phases memory_advice memory
 """
 ORDER = ROOMS.split()
 

@@ -1,0 +1,288 @@
+"""Jobs as folders: what was accepted is on disk before anybody is told so, and every change is one atomic file.
+
+    jobs/<id>/job.json       what was accepted; never changed
+    jobs/<id>/claim.json     which worker has it; made by one worker only
+    jobs/<id>/died-<n>       a claim whose worker has died
+    jobs/<id>/progress.json  how far it is
+    jobs/<id>/work/          finished volumes of a job that runs
+    jobs/<id>/files/         all of them, renamed from `work`
+    jobs/<id>/outcome.json   how it ended; made once, by whoever is first
+    unfinished/<id>          empty; jobs without outcome, in their order
+    callers/<digest>/jobs/<id>, callers/<digest>/keys/<digest>
+
+So a process may be killed at any moment, and several web processes and workers may share the folder (hard links and
+locks are needed: a local file system or NFS).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from filelock import FileLock
+from filelock import Timeout as LockTimeout
+
+from ldm3d.files import write_text
+from mlops.api.records import Outcome, Record, create_once, digest, read_json, read_outcome, read_record
+from mlops.api.schemas import Job, Progress
+from mlops.api.settings import Settings
+
+
+class Refused(Exception):
+    """The job is not accepted; the caller may come again."""
+
+
+class KeyReused(Exception):
+    """The idempotency key belongs to another request."""
+
+
+class JobStore:
+    """The jobs of a data folder. Any number of processes may use the same.
+
+    Args:
+        data_dir: made if it is not there.
+        retention: after which finished jobs are removed.
+        max_jobs_per_caller: that wait or run.
+        max_queue: that wait or run, of everybody.
+        max_disk_bytes: of results.
+    """
+
+    def __init__(
+        self, data_dir: Path, retention: timedelta, max_jobs_per_caller: int, max_queue: int, max_disk_bytes: int
+    ):
+        self.retention, self.max_disk_bytes = retention, max_disk_bytes
+        self.max_jobs_per_caller, self.max_queue = max_jobs_per_caller, max_queue
+        self.data_dir = data_dir
+        self.jobs, self.unfinished = data_dir / "jobs", data_dir / "unfinished"
+        for folder in (self.jobs, self.unfinished, data_dir / "callers"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    # Accepting.
+
+    def accept(self, record: Record, key: str | None = None) -> tuple[Record, bool]:
+        """Keep a job for good.
+
+        Args:
+            record: the job.
+            key: the caller's idempotency key.
+
+        Returns:
+            The job that the caller has now, and whether it is a new one.
+
+        Raises:
+            Refused: there are too many jobs.
+            KeyReused: the key was used for another request.
+            OutputError: the disk is full or cannot be written to.
+        """
+        caller = self._caller(record.caller)
+        with self.locked(caller / ".lock"):
+            if key is not None and (before := self._used(caller, key, record)):
+                return before, False
+            self._require_room(caller, record)
+            if key is not None:
+                content = {"job": record.id, "request": _request_digest(record)}
+                write_text(self._key_file(caller, key), json.dumps(content))
+            (caller / "jobs" / record.id).touch()
+            (self.unfinished / record.id).touch()
+            # The job is there from here on. Of what is before, a crash leaves markers that mean nothing.
+            write_text(self.folder(record.id) / "job.json", record.model_dump_json())
+        return record, True
+
+    def accept_shadow(self, record: Record) -> None:
+        """Keep a job that repeats another one. It counts for no caller."""
+        (self.unfinished / record.id).touch()
+        write_text(self.folder(record.id) / "job.json", record.model_dump_json())
+
+    def _used(self, caller: Path, key: str, record: Record) -> Record | None:
+        content = read_json(self._key_file(caller, key))
+        before = self.record(content["job"]) if content else None
+        if before and content and content["request"] != _request_digest(record):
+            raise KeyReused("this Idempotency-Key was used for another request; take a new key for a new request")
+        return before
+
+    def _require_room(self, caller: Path, record: Record) -> None:
+        unfinished = self.unfinished_ids()
+        if len(unfinished) >= self.max_queue:
+            raise Refused(f"{len(unfinished)} jobs wait or run, which is all that this service takes")
+        own = set(unfinished) & set(_names(caller / "jobs"))
+        if len(own) >= self.max_jobs_per_caller:
+            raise Refused(f"you have {len(own)} jobs that wait or run, which is all that one caller may have")
+        records = [self.record(name) for name in unfinished]
+        promised = sum(r.result_bytes for r in records if r) + record.result_bytes
+        if promised > self.max_disk_bytes:
+            raise Refused("the results of the jobs that wait would not fit on this service's disk")
+
+    # Reading.
+
+    def record(self, job_id: str) -> Record | None:
+        """What was accepted under this name; None where there is no such job (any more)."""
+        return read_record(self.folder(job_id) / "job.json")
+
+    def outcome(self, job_id: str) -> Outcome | None:
+        """How the job ended; None while it has not."""
+        return read_outcome(self.folder(job_id) / "outcome.json")
+
+    def read(self, job_id: str, place: Callable[[str], int | None] = lambda name: None) -> Job | None:
+        """The job as its caller sees it.
+
+        Args:
+            job_id: its name.
+            place: gives its place in the queue.
+        """
+        record = self.record(job_id)
+        if record is None:
+            return None
+        outcome = self.outcome(job_id)
+        claim = read_json(self.folder(job_id) / "claim.json") if outcome is None else None
+        progress = read_json(self.folder(job_id) / "progress.json") if claim else None
+        facts = record.model_dump(include={"id", "created", "version", "assigned_by", "weights_sha256"})
+        started = claim["started"] if claim else None
+        if outcome:
+            return Job(
+                **facts,
+                request=record.request,
+                state=outcome.state,
+                started=outcome.started,
+                finished=outcome.finished,
+                expires=outcome.finished + self.retention,
+                error=outcome.error,
+                files=outcome.files,
+            )
+        return Job(
+            **facts,
+            request=record.request,
+            state="running" if claim else "queued",
+            started=started,
+            place=None if claim else place(job_id),
+            progress=Progress(**progress) if progress else None,
+        )
+
+    def of_caller(self, caller_id: str, before: str | None, limit: int) -> list[str]:
+        """Names of a caller's jobs, newest first, older than `before`."""
+        folder = self._caller(caller_id) / "jobs"
+        names = sorted((name for name in _names(folder) if before is None or name < before), reverse=True)
+        found = (name for name in names if (self.folder(name) / "job.json").exists())
+        return [name for name, _ in zip(found, range(limit), strict=False)]
+
+    def unfinished_ids(self) -> list[str]:
+        """Jobs that wait or run, in their order."""
+        return sorted(_names(self.unfinished))
+
+    def waiting_ids(self) -> list[str]:
+        """Jobs that wait, in their order."""
+        return [name for name in self.unfinished_ids() if self._waits(name)]
+
+    def _waits(self, job_id: str) -> bool:
+        folder = self.folder(job_id)
+        return (folder / "job.json").exists() and not any(
+            (folder / name).exists() for name in ("claim.json", "outcome.json")
+        )
+
+    def file(self, job_id: str, name: str) -> Path:
+        """Where a file of a finished job is; `name` must be one of its outcome's."""
+        return self.folder(job_id) / "files" / name
+
+    # Working.
+
+    def claim(self, job_id: str, worker: str) -> Record | None:
+        """Take a job that waits; None if it is gone, finished, or another worker was faster."""
+        record = self.record(job_id)
+        if record is None or not self._waits(job_id):
+            return None
+        content = json.dumps({"worker": worker, "started": datetime.now(UTC).isoformat()})
+        return record if create_once(self.folder(job_id) / "claim.json", content) else None
+
+    def release(self, job_id: str) -> None:
+        """Give a job back that was not finished: it waits again, with the volumes that it has."""
+        (self.folder(job_id) / "claim.json").unlink(missing_ok=True)
+
+    def work_folder(self, job_id: str) -> Path:
+        return self.folder(job_id) / "work"
+
+    def report(self, job_id: str, progress: Progress) -> None:
+        """Say how far a job is. Nothing is flushed: after a crash it begins anew."""
+        path = self.folder(job_id) / "progress.json"
+        temporary = path.with_suffix(".tmp")
+        with suppress(FileNotFoundError):  # the job was deleted
+            temporary.write_text(progress.model_dump_json())
+            temporary.replace(path)
+
+    def is_wanted(self, job_id: str) -> bool:
+        """Whether a job that runs was neither deleted nor ended."""
+        folder = self.folder(job_id)
+        return (folder / "job.json").exists() and not (folder / "outcome.json").exists()
+
+    def finish(self, job_id: str, outcome: Outcome) -> bool:
+        """End a job; False if it has ended before, or is gone. A job that is done has its files in `work`."""
+        folder = self.folder(job_id)
+        if not (folder / "job.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what a worker has written after it was deleted
+            return False
+        if outcome.state == "done" and not (folder / "outcome.json").exists():
+            shutil.rmtree(folder / "files", ignore_errors=True)
+            (folder / "work").rename(folder / "files")
+        first = create_once(folder / "outcome.json", outcome.model_dump_json())
+        (self.unfinished / job_id).unlink(missing_ok=True)
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        return first
+
+    # Removing.
+
+    def delete(self, job_id: str) -> None:
+        """Cancel a job if it waits or runs, and remove it with its files."""
+        folder = self.folder(job_id)
+        record = self.record(job_id)
+        if record is not None:
+            create_once(
+                folder / "outcome.json", Outcome(state="cancelled", finished=datetime.now(UTC)).model_dump_json()
+            )
+            (self._caller(record.caller) / "jobs" / job_id).unlink(missing_ok=True)
+        (self.unfinished / job_id).unlink(missing_ok=True)
+        trash = self.jobs / f".trash-{job_id}"
+        with suppress(FileNotFoundError):
+            folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    # Where things are.
+
+    def folder(self, job_id: str) -> Path:
+        return self.jobs / job_id
+
+    def _caller(self, caller_id: str) -> Path:
+        """A caller's folder. Its name is a digest: what a caller is called never reaches a path."""
+        folder = self.data_dir / "callers" / digest(caller_id)
+        (folder / "jobs").mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _key_file(self, caller: Path, key: str) -> Path:
+        return caller / "keys" / f"{digest(key)}.json"
+
+    @contextmanager
+    def locked(self, path: Path) -> Iterator[None]:
+        try:
+            with FileLock(path, timeout=10):
+                yield
+        except LockTimeout:
+            raise Refused("the service is busy; come again in a moment") from None
+
+
+def _request_digest(record: Record) -> str:
+    return digest(record.request.model_dump_json())
+
+
+def _names(folder: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(folder)]
+
+
+def open_store(settings: Settings) -> JobStore:
+    """The jobs of the data folder that the settings name."""
+    return JobStore(
+        settings.data_dir,
+        timedelta(minutes=settings.retention_minutes),
+        settings.max_jobs_per_caller,
+        settings.max_queue,
+        int(settings.max_disk_gib * 2**30),
+    )

@@ -1,0 +1,71 @@
+"""What Prometheus reads. Web and worker count into files of one folder, so that one address tells of all processes."""
+
+import os
+import time
+from pathlib import Path
+
+# The client decides at its import whether it counts into files.
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).mkdir(parents=True, exist_ok=True)
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+    start_http_server,
+)
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+REQUESTS = Counter("ldm3d_http_requests", "Requests answered.", ["method", "route", "status"])
+REQUEST_SECONDS = Histogram(
+    "ldm3d_http_request_seconds",
+    "Time to the end of the answer; event streams and waiting requests are left out.",
+    ["route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10),
+)
+JOBS_ACCEPTED = Counter("ldm3d_jobs_accepted", "Jobs accepted.", ["model", "version", "shadow"])
+JOBS_REFUSED = Counter("ldm3d_jobs_refused", "Jobs refused for want of room.")
+JOBS_ENDED = Counter("ldm3d_jobs_ended", "Jobs ended.", ["model", "version", "shadow", "state"])
+JOB_SECONDS = Histogram(
+    "ldm3d_job_seconds", "From acceptance to the end of a job that was done.", ["model", "version"], buckets=SECONDS
+)
+VOLUMES = Counter("ldm3d_volumes", "Volumes generated.", ["model", "version", "shadow"])
+BATCH_SECONDS = Histogram(
+    "ldm3d_batch_seconds", "Sampling and decoding of a batch.", ["model", "version"], buckets=SECONDS
+)
+BATCH_VOLUMES = Histogram("ldm3d_batch_volumes", "Volumes sampled together.", buckets=(1, 2, 4, 8, 16, 32))
+# Whoever looked last knows best.
+QUEUE_JOBS = Gauge("ldm3d_queue_jobs", "Jobs that wait.", multiprocess_mode="mostrecent")
+RUNNING_JOBS = Gauge("ldm3d_running_jobs", "Jobs that run.", multiprocess_mode="mostrecent")
+OLDEST_SECONDS = Gauge(
+    "ldm3d_queue_oldest_seconds", "Age of the oldest job that waits.", multiprocess_mode="mostrecent"
+)
+DISK_BYTES = Gauge("ldm3d_results_bytes", "Room that results take.", multiprocess_mode="mostrecent")
+WORKERS = Gauge("ldm3d_workers", "Workers by what they do.", ["state"], multiprocess_mode="mostrecent")
+MODELS_LOADED = Gauge("ldm3d_models_loaded", "Versions in memory of a worker.", multiprocess_mode="livesum")
+STARTED = Gauge("ldm3d_start_time_seconds", "When the process began.", multiprocess_mode="min")
+STARTED.set(time.time())
+
+
+def exposition() -> tuple[bytes, str]:
+    """The metrics of all processes as text, and its media type."""
+    return generate_latest(_registry()), CONTENT_TYPE_LATEST
+
+
+def serve(port: int) -> None:
+    """Serve the metrics of a worker that runs without a web process beside it, on all addresses."""
+    start_http_server(port, registry=_registry())
+
+
+def _registry() -> CollectorRegistry:
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return REGISTRY
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    return registry

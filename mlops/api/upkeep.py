@@ -1,0 +1,85 @@
+"""Order among the jobs: what dead processes have left, what is too old, what takes too much room."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+
+from mlops.api.jobs import JobStore
+from mlops.api.records import Outcome, age_seconds, read_json
+
+DEATHS = 3
+"""So many workers may die of one job before it has failed."""
+SETTLED_SECONDS = 60.0
+"""A marker without its job that is older belongs to a request that was killed."""
+
+
+def recover(store: JobStore, is_alive: Callable[[str], bool]) -> list[str]:
+    """Put in order what dead processes have left.
+
+    Args:
+        is_alive: whether the worker of this name lives.
+
+    Returns:
+        Jobs that wait, in their order: those that the queue does not know must be put there.
+    """
+    with store.locked(store.data_dir / ".recovery.lock"):
+        for name in store.unfinished_ids():
+            _recover(store, name, is_alive)
+    return store.waiting_ids()
+
+
+def _recover(store: JobStore, name: str, is_alive: Callable[[str], bool]) -> None:
+    folder = store.folder(name)
+    if not (folder / "job.json").exists():
+        if age_seconds(store.unfinished / name) > SETTLED_SECONDS:
+            (store.unfinished / name).unlink(missing_ok=True)
+        return
+    if (folder / "outcome.json").exists():
+        (store.unfinished / name).unlink(missing_ok=True)
+        return
+    claim = read_json(folder / "claim.json")
+    if claim is None or is_alive(claim["worker"]):
+        return
+    deaths = len(list(folder.glob("died-*"))) + 1
+    with suppress(FileNotFoundError):
+        (folder / "claim.json").rename(folder / f"died-{deaths}")
+    if deaths >= DEATHS:
+        text = f"{deaths} workers have died at this job, perhaps for want of memory; ask for less"
+        store.finish(name, Outcome(state="failed", finished=datetime.now(UTC), error=text))
+
+
+def expire(store: JobStore) -> int:
+    """Remove finished jobs that are too old, and the oldest ones where there is too little room.
+
+    Returns:
+        Bytes that the results take which are left.
+    """
+    finished = sorted((o.finished, name, sum(f.bytes for f in o.files)) for name, o in _finished(store))
+    room = store.max_disk_bytes - sum(size for _, _, size in finished)
+    limit = datetime.now(UTC) - store.retention
+    for when, name, size in finished:
+        if when < limit or room < 0:
+            store.delete(name)
+            room += size
+    for trash in store.jobs.glob(".trash-*"):
+        shutil.rmtree(trash, ignore_errors=True)
+    _forget_old_keys(store)
+    return store.max_disk_bytes - room
+
+
+def _finished(store: JobStore) -> Iterator[tuple[str, Outcome]]:
+    for entry in os.scandir(store.jobs):
+        name = entry.name
+        if not name.startswith(".") and (outcome := store.outcome(name)):
+            yield name, outcome
+
+
+def _forget_old_keys(store: JobStore) -> None:
+    """Idempotency keys live as long as their jobs."""
+    for file in (store.data_dir / "callers").glob("*/keys/*.json"):
+        content = read_json(file)
+        gone = content is None or not (store.folder(content["job"]) / "job.json").exists()
+        if gone and age_seconds(file) > SETTLED_SECONDS:
+            file.unlink(missing_ok=True)
