@@ -153,7 +153,8 @@ def _parse(path: Path, text: str) -> Any:
 def _first(error: ValidationError) -> str:
     """The first mistake: key, what is wrong, what was given."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "[key]") or "the file"
+    keys = [str(part) for part in first["loc"] if part != "[key]"]
+    place = ".".join(key if key.isprintable() else ascii(key) for key in keys) or "the file"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and isinstance(first["input"], dict):
         return f"{place}: {message}"

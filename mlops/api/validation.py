@@ -64,7 +64,7 @@ def _scheduler(request: SampleRequest, version: ActiveVersion, max_steps: int) -
     if name not in offered:
         raise FieldError(
             "scheduler",
-            f"scheduler {name!r}: needs more than the {max_steps} steps allowed here; {_or(offered)} does not",
+            f"scheduler {name!r}: takes other than the 1 to {max_steps} steps allowed here; use {' or '.join(offered)}",
         )
     return name
 
@@ -95,10 +95,6 @@ def _conditions(given: dict[str, str], version: ActiveVersion) -> dict[str, str]
         if given[name] not in values:
             raise FieldError(f"conditions.{name}", f"{_shown(given[name])}: must be one of {', '.join(values)}")
     return {name: given[name] for name in known}
-
-
-def _or(names: dict[SamplerName, int]) -> str:
-    return " or ".join(names)
 
 
 def _shown(text: str | None) -> str:
