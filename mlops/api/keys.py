@@ -79,13 +79,15 @@ class KeyStore:
 
     def __init__(self, path: Path):
         self.path = path
+        self._seen = False
         # What the file was when it was read, and what it held. Entries are never removed and each command adds to the
         # text, so that no two states agree in inode, time and size.
         self._read: tuple[tuple[int, int, int], dict[str, Entry] | ConfigError] | None = None
 
     def exists(self) -> bool:
         """Whether keys were ever made here. A file that vanishes while the service runs counts: it opens nothing."""
-        return self._read is not None or os.path.lexists(self.path)
+        self._seen = self._seen or os.path.lexists(self.path)
+        return self._seen
 
     def list(self) -> Sequence[Entry]:
         """All keys, in order of creation; none where there is no file.
@@ -156,11 +158,12 @@ class KeyStore:
         try:
             status = self.path.stat()
         except FileNotFoundError:
-            if self._read is not None:
+            if self._seen:
                 raise ConfigError(f"{self.path}: was here and is gone; every key is refused") from None
             return {}
         except OSError as error:
             raise ConfigError(f"{self.path}: cannot be read: {error.strerror}") from error
+        self._seen = True
         state = (status.st_ino, status.st_mtime_ns, status.st_size)
         read = self._read
         if read is None or read[0] != state:
@@ -180,6 +183,7 @@ class KeyStore:
                 text = KeyFile(keys=[*entries.values()]).model_dump_json(indent=2)
                 write_text(self.path, text + "\n", mode=PRIVATE)
                 _flush_folder(self.path.parent)
+                self._seen = True
         except Timeout as error:
             raise OutputError(f"{self.path}: another command has held it for {LOCK_SECONDS} s") from error
         except OSError as error:
