@@ -41,7 +41,7 @@ from mlops.commands import Parser, run_command
 PRIVATE = 0o600
 LONGEST_TEXT = 256
 # Keys and tokens, wherever a client may have put one by mistake. The id of a key is no secret.
-SECRETS = re.compile(r"(ldm3d_[a-z0-9]{8}_)[A-Za-z0-9]+|\b()eyJ[\w-]+\.[\w.-]+")
+SECRETS = re.compile(r"(ldm3d_[a-z0-9]{8}_)[A-Za-z0-9]{1,43}|()eyJ[\w-]+\.[\w.-]+")
 
 
 class AuditLog:

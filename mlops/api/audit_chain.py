@@ -159,25 +159,28 @@ class _Walk:
 
     def __init__(self, after: str):
         self.found = Findings()
-        self._hash: str | None = after  # None behind a line whose hash is lost
+        self._hash = after
         self._seq = 0 if after == BEGINNING else None  # None: whatever the first line says
+        self._unreadable = 0  # lines since the last good one, which stand for as many entries, or were inserted
 
     def step(self, place: str, line: bytes, following: bytes) -> None:
         entry = read_line(line.removesuffix(b"\n"))
         if entry is None:
             self._broken(place, line, following)
             return
-        seq = entry["seq"]
-        expected = seq if self._seq is None else self._seq + 1
+        seq, problems = entry["seq"], self.found.problems
+        before = seq - 1 if self._seq is None else self._seq
+        follows = seq == before + 1 and entry["previous"] == self._hash
+        expected = before + 1 if follows else before + 1 + self._unreadable
         if seq < expected:
-            self.found.problems.append(f"{place}: entry {seq} does not belong here: inserted or moved")
+            problems.append(f"{place}: entry {seq} does not belong here: inserted or moved")
             return
         if seq > expected:
             which = f"entry {expected} is" if seq == expected + 1 else f"entries {expected} to {seq - 1} are"
-            self.found.problems.append(f"{place}: {which} missing before it")
-        elif self._hash not in (None, entry["previous"]):
-            self.found.problems.append(f"{place}: entry {seq} does not follow from the one before: one was changed")
-        self._seq, self._hash = seq, entry["hash"]
+            problems.append(f"{place}: {which} missing before it")
+        elif not follows and not self._unreadable:
+            problems.append(f"{place}: entry {seq} does not follow from the one before: one of them was replaced")
+        self._seq, self._hash, self._unreadable = seq, entry["hash"], 0
         self.found.entries += 1
         self.found.last = Link(seq, entry["hash"])
         self.found.hashes.add(entry["hash"])
@@ -188,6 +191,5 @@ class _Walk:
         if not line.endswith(b"\n") or (closing and closing.get("damaged") == damage(torn)):
             self.found.notices.append(f"{place}: {len(torn)} bytes of an entry whose writing was interrupted")
             return
-        self.found.problems.append(f"{place}: changed")
-        self._hash = None
-        self._seq = None if self._seq is None else self._seq + 1
+        self.found.problems.append(f"{place}: changed or inserted")
+        self._unreadable += 1
