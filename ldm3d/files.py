@@ -11,12 +11,12 @@ from ldm3d.errors import OutputError
 
 
 @contextmanager
-def atomic_path(target: str | Path) -> Iterator[Path]:
+def atomic_path(target: str | Path, mode: int | None = None) -> Iterator[Path]:
     """Give a temporary path beside `target`; on success flush it to disk and rename it to `target`.
 
     The temporary name ends with the target's own name, so that writers which look at the suffix
     (`.nii.gz`, `.png`) see the right one. If the block raises, the temporary file is removed and an
-    existing `target` stays as it was.
+    existing `target` stays as it was. `mode` is the file's, 0o600 for secrets; None leaves it to the umask.
 
     Raises:
         OutputError: the folder cannot be written to, or the disk is full.
@@ -30,7 +30,7 @@ def atomic_path(target: str | Path) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_umask() if mode is None else mode)
         temporary.replace(target)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
@@ -51,9 +51,9 @@ def _umask() -> int:
     return mask
 
 
-def write_text(target: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically. Raises `OutputError` as `atomic_path` does."""
-    with atomic_path(target) as path:
+def write_text(target: str | Path, text: str, mode: int | None = None) -> None:
+    """Write UTF-8 text atomically. `mode` and `OutputError` are as in `atomic_path`."""
+    with atomic_path(target, mode) as path:
         path.write_text(text, encoding="utf-8")
 
 

@@ -136,3 +136,10 @@ def test_digest(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
     assert len(sha256(tmp_path / "file")) == 64
+
+
+def test_a_mode_that_is_given_holds_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    write_text(tmp_path / "secret.json", "{}", mode=0o600)
+    assert stat.S_IMODE((tmp_path / "secret.json").stat().st_mode) == 0o600
+    write_text(tmp_path / "plain.json", "{}")
+    assert stat.S_IMODE((tmp_path / "plain.json").stat().st_mode) == 0o666 & ~umask
