@@ -8,12 +8,13 @@ SCRATCH := -c config/config_demo.json -e config/environment_demo_scratch.json
 WEIGHTS := checkpoints/demo
 NUM_PHANTOMS := 420
 
-.PHONY: help demo demo-scratch sample bench bench-gpu lint test clean
+.PHONY: help demo demo-scratch sample serve bench bench-gpu lint test clean
 
 help:
 	@echo "make demo          train on the embedded data from the demo weights, sample, evaluate (about 10 minutes)"
 	@echo "make demo-scratch  make the demo weights from nothing (up to 2 hours on 2 cores)"
 	@echo "make sample        generate 4 brains with the demo weights (under 3 minutes)"
+	@echo "make serve         the service with the demo weights, and its page, at http://127.0.0.1:8000/"
 	@echo "make bench         speed and memory against the reference recipe, on a CPU (under 10 minutes)"
 	@echo "make bench-gpu     the same on one GPU (under 10 minutes)"
 	@echo "make test          linters, types and the whole test suite"
@@ -25,7 +26,12 @@ $(VENV)/run: requirements.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/dev: requirements-dev.txt $(VENV)/run
+$(VENV)/service: requirements-service.txt $(VENV)/run
+	@echo "== environment: $(VENV), with requirements-service.txt"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-service.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/service
 	@echo "== environment: $(VENV), with requirements-dev.txt"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@# The older package, whose weights must load; it pins an older monai, so it comes without what it asks for.
@@ -63,6 +69,9 @@ demo-scratch: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
 sample: $(VENV)/run
 	@echo "== 4 brains with the demo weights in $(WEIGHTS)"
 	@$(PY) inference.py -c config/config_demo.json -e config/environment_sample.json --num 4
+
+serve: $(VENV)/service
+	@exec $(PY) mlops/docker/api_server.py
 
 bench: $(VENV)/dev
 	@for part in train_step sampling data loss growth plot; do \

@@ -24,9 +24,11 @@ ROOMS = """
 ORDER = ROOMS.split()
 
 # Packages by what they are imported as, where that is another name.
-DISTRIBUTIONS = {"PIL": "pillow"}
+DISTRIBUTIONS = {"PIL": "pillow", "jwt": "pyjwt", "yaml": "pyyaml"}
 # Needed although nothing here imports them: attention in monai's U-Net, a template to be read, torch.utils.tensorboard.
 NOT_IMPORTED = {"einops", "nilearn", "tensorboard"}
+# Behind others that the service uses: uvicorn's parser and event loop, PyJWT's algorithms.
+NOT_IMPORTED_BY_THE_SERVICE = {"httptools", "uvloop", "cryptography"}
 # Imported where a user has it.
 OPTIONAL = {"mlflow"}
 
@@ -132,7 +134,7 @@ def pinned(name: str) -> set[str]:
 def packages_imported(files: list[Path]) -> set[str]:
     """Packages from elsewhere that files import, as they are called where they come from."""
     own = {path.stem for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks") for path in folder.glob("*.py")}
-    names = {name for path in files for name in top_levels(path)} - own - {"ldm3d", "benchmarks", ""}
+    names = {name for path in files for name in top_levels(path)} - own - {"ldm3d", "mlops", "benchmarks", ""}
     return {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in names - set(sys.stdlib_module_names)}
 
 
@@ -141,7 +143,13 @@ def test_requirements_are_what_is_imported() -> None:
     assert pinned("requirements.txt") == (imported - OPTIONAL) | NOT_IMPORTED
 
 
+def test_service_requirements_are_what_mlops_imports() -> None:
+    assert "-r requirements.txt" in (ROOT / "requirements-service.txt").read_text().splitlines()
+    imported = packages_imported([*ROOT.glob("mlops/**/*.py")]) - pinned("requirements.txt")
+    assert pinned("requirements-service.txt") == (imported - OPTIONAL) | NOT_IMPORTED_BY_THE_SERVICE
+
+
 def test_development_requirements_hold_what_tests_import() -> None:
-    assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text().splitlines()
-    listed = pinned("requirements.txt") | pinned("requirements-dev.txt")
+    assert "-r requirements-service.txt" in (ROOT / "requirements-dev.txt").read_text().splitlines()
+    listed = {name for file in ("", "-service", "-dev") for name in pinned(f"requirements{file}.txt")}
     assert packages_imported([*ROOT.glob("tests/*.py")]) - OPTIONAL <= listed

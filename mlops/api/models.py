@@ -51,11 +51,12 @@ class Models:
         # Decided once: how a volume is decoded must not depend on what is free at the moment, as its values do.
         sampler.decode_bytes = budget
         batch = self.max_batch
-        while budget is not None and batch and sampling_peak(sampler, batch) * RESERVE > budget:
-            batch -= 1
-        if not batch:
-            needed = sampling_peak(sampler, 1) * RESERVE / GIB
-            raise WeightsError(f"one volume of these weights needs {needed:.2g} GiB, and there are {budget / GIB:.2g}")
+        if budget is not None:
+            while batch and sampling_peak(sampler, batch) * RESERVE > budget:
+                batch -= 1
+            if not batch:
+                needed = sampling_peak(sampler, 1) * RESERVE / GIB
+                raise WeightsError(f"one volume of these needs {needed:.2g} GiB, and there are {budget / GIB:.2g}")
         log(f"weights {digest[:12]} loaded on {self.device}; {batch} volumes at once")
         return sampler, batch
 
@@ -90,5 +91,3 @@ class Models:
             torch.cuda.empty_cache()
         with freed_memory_returned():
             log(f"weights {digest[:12]} let go")
-
-

@@ -13,7 +13,8 @@ from huey.storage import PriorityRedisStorage, SqliteStorage
 from redis import ConnectionPool
 from redis.exceptions import RedisError
 
-RELOAD = "reload"
+RELOAD = "reload-"
+"""Begins a name that is no job's: the wish to read models.yaml again."""
 URGENT, USUAL, LATE = 2, 1, 0
 POLL_SECONDS = 0.05
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import secrets
+import time
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlops.api.schemas import FileInfo, JobState, ResolvedRequest
+
+_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 
 
 class Record(BaseModel):
@@ -104,3 +108,9 @@ def age_seconds(path: Path) -> float:
         return datetime.now(UTC).timestamp() - path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def new_job_id() -> str:
+    """26 letters and digits: milliseconds since 1970, then 80 random bits; sorts by time (a ULID, in lower case)."""
+    value = int(time.time() * 1000) << 80 | secrets.randbits(80)
+    return "".join(_CROCKFORD[value >> shift & 31] for shift in range(125, -5, -5))

@@ -138,11 +138,16 @@ class Catalogue(Wire):
     limits: Limits
 
 
+class Me(Wire):
+    id: str
+    name: str
+    role: str = Field(description="viewer, operator or admin.")
+
+
 class ReloadResult(Wire):
     """What a reload came to."""
 
     state: Literal["active", "failed", "pending"]
-    digest: str = Field(description="Of the set of versions that was asked for.")
     versions: list[str] = Field(description="`model/version`, of what is served now.")
     error: str | None = None
 

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
@@ -20,7 +19,7 @@ from ldm3d.console import log
 from ldm3d.errors import UserError
 from ldm3d.files import write_text
 from mlops.api import metrics
-from mlops.api.catalogue import activate, prepare, prune_store, read_active
+from mlops.api.catalogue import activate, prepare, read_active
 from mlops.api.generation import Generation
 from mlops.api.jobs import JobStore, open_store
 from mlops.api.models import Models
@@ -29,6 +28,7 @@ from mlops.api.queue import POLL_SECONDS, RELOAD, Queue, QueueDown
 from mlops.api.records import Outcome
 from mlops.api.settings import Settings, load_settings
 from mlops.api.upkeep import expire, recover
+from mlops.api.weights_store import prune
 
 UPKEEP_SECONDS = 5.0
 TIDY_SECONDS = 60.0
@@ -36,7 +36,12 @@ LONGEST_PAUSE_SECONDS = 5.0
 
 
 class Worker:
-    """Works until it is told to stop."""
+    """Works until it is told to stop.
+
+    Attributes:
+        stopping: set to make it end; its jobs are given back.
+        reload_asked: set to make it read models.yaml again.
+    """
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -64,13 +69,11 @@ class Worker:
             pause = POLL_SECONDS
             while not self.stopping.is_set():
                 try:
-                    pause = POLL_SECONDS if self._work_once() else pause
-                    self.stopping.wait(pause)
-                    pause = POLL_SECONDS
-                except QueueDown as error_:
-                    log(f"warning: {error_}; trying again")
-                    self.stopping.wait(pause)
-                    pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+                    pause = 0.0 if self._work_once() else POLL_SECONDS
+                except QueueDown as down:
+                    pause = min(max(2 * pause, POLL_SECONDS), LONGEST_PAUSE_SECONDS)
+                    log(f"warning: {down}; trying again in {pause:g} s")
+                self.stopping.wait(pause)
         finally:
             self.presence.end()
 
@@ -84,8 +87,8 @@ class Worker:
         if name is None:
             self._rest_if_idle()
             return False
-        if name == RELOAD:
-            self.reload()
+        if name.startswith(RELOAD):
+            self.reload(name)
         else:
             self._carry_out(name)
         return True
@@ -110,8 +113,11 @@ class Worker:
         self._last_job = time.monotonic()
         self.presence.say("idle", self.models.loaded)
 
-    def reload(self) -> str | None:
+    def reload(self, name: str = "") -> str | None:
         """Try what `models.yaml` names, and serve it if all of it works. Otherwise nothing changes.
+
+        Args:
+            name: of the request to do so.
 
         Returns:
             What is wrong.
@@ -123,7 +129,7 @@ class Worker:
             for digest in wanted.digests - (before.digests if before else set()):
                 self.models.try_out(digest)
             activate(wanted, data_dir)
-            prune_store(data_dir, wanted.digests | self._digests_of_jobs())
+            prune(data_dir, wanted.digests | self._digests_of_jobs())
             self.models.keep(wanted.digests)
             log(f"serving {', '.join(version.name for version in wanted.versions)}")
         except UserError as problem:
@@ -132,8 +138,7 @@ class Worker:
         except Exception as problem:  # weights of strange shapes fail anywhere in torch
             error = f"a new version failed when it was tried: {type(problem).__name__}"
             log(f"warning: models were not changed: {error}: {problem}")
-        content = {"time": time.time(), "error": error}
-        write_text(data_dir / "reload.json", json.dumps(content))
+        write_text(data_dir / "reload.json", json.dumps({"name": name, "error": error}))
         return error
 
     def _digests_of_jobs(self) -> set[str]:
@@ -159,8 +164,7 @@ class Worker:
         if now >= self._next_upkeep:
             self._next_upkeep = now + UPKEEP_SECONDS
             folder = self.settings.data_dir / "workers"
-            alive = lambda name: name == self.presence.name or is_alive(folder, name)  # noqa: E731
-            waiting = recover(self.store, alive)
+            waiting = recover(self.store, lambda name: name == self.presence.name or is_alive(folder, name))
             known = self.queue.names()
             for name in waiting:
                 if name not in known:

@@ -1,0 +1,1 @@
+"""The routes, each file with those that belong together."""

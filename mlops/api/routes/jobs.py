@@ -1,0 +1,106 @@
+"""Jobs: how far they are, what they made, and their end."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from mlops.api.callers import Caller
+from mlops.api.problems import documented, problem
+from mlops.api.schemas import FINISHED, Job, JobId, JobPage
+from mlops.api.service import Service, caller_of, service_of
+
+router = APIRouter(tags=["jobs"])
+POLL_SECONDS = 0.25
+
+PathId = Annotated[JobId, Path(description="Name of the job.")]
+ServiceOf = Annotated[Service, Depends(service_of)]
+CallerOf = Annotated[Caller, Depends(caller_of)]
+FAILURES = documented(401, 403, 404, 421, 422, 429, 503)
+
+
+def own_job(id: PathId, request: Request, service: ServiceOf, caller: CallerOf) -> Job:
+    """Dependency: the caller's job. Raises a `ProblemError` 404."""
+    request.state.job = id
+    return service.own_job(id, caller)
+
+
+async def one_stream(service: ServiceOf) -> AsyncIterator[None]:
+    """Dependency: one of the streams that may be open at once. Raises a `ProblemError` 429."""
+    with service.streams.one():
+        yield
+
+
+OwnJob = Annotated[Job, Depends(own_job)]
+
+
+@router.get("/v1/jobs", responses=documented(401, 403, 421, 422, 429, 503))
+def list_jobs(
+    service: ServiceOf,
+    caller: CallerOf,
+    limit: Annotated[int, Query(ge=1, le=100, description="Jobs on a page.")] = 20,
+    before: Annotated[JobId | None, Query(description="`next` of the page before.")] = None,
+) -> JobPage:
+    """The caller's jobs, newest first."""
+    names = service.store.of_caller(caller.id, before, limit + 1)
+    jobs = [job for name in names[:limit] if (job := service.job(name))]
+    return JobPage(jobs=jobs, next=names[limit - 1] if len(names) > limit else None)
+
+
+@router.get("/v1/jobs/{id}", responses=FAILURES)
+def get_job(job: OwnJob) -> Job:
+    """State, place in the queue, progress and time left; the files, once it is done."""
+    return job
+
+
+@router.get(
+    "/v1/jobs/{id}/events",
+    response_class=EventSourceResponse,
+    responses={200: {"description": "`progress` events on every change, then one `end`; data is the job."}, **FAILURES},
+)
+async def events(
+    job: OwnJob, service: ServiceOf, caller: CallerOf, _: Annotated[None, Depends(one_stream)]
+) -> AsyncIterator[ServerSentEvent]:
+    """The job as it goes on, as server-sent events."""
+    seen: Job | None = None
+    while job.state not in FINISHED:
+        if job != seen:
+            yield ServerSentEvent(data=job, event="progress")
+            seen = job
+        await asyncio.sleep(POLL_SECONDS)
+        now = await run_in_threadpool(service.job, job.id)
+        job = now or job.model_copy(update={"state": "cancelled", "place": None, "progress": None})
+    yield ServerSentEvent(data=job, event="end")
+
+
+@router.get(
+    "/v1/jobs/{id}/files/{name}",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {kind: {} for kind in ("application/gzip", "application/octet-stream", "image/png")}},
+        206: {"description": "The range that was asked for."},
+        **documented(400, 401, 403, 404, 416, 421, 422, 429, 503),
+    },
+)
+def get_file(
+    job: OwnJob,
+    service: ServiceOf,
+    name: Annotated[str, Path(max_length=120, description="One of the job's `files`.")],
+) -> FileResponse:
+    """A volume, its sidecar or its preview. Ranges are answered."""
+    found = next((file for file in job.files if file.name == name), None)
+    path = service.store.file(job.id, name) if found else None
+    if found is None or path is None or not path.is_file():
+        raise problem(404, "this job has no such file")
+    headers = {"ETag": f'"{found.sha256}"', "Cache-Control": "private, max-age=3600, immutable"}
+    return FileResponse(path, media_type=found.media_type, filename=found.name, headers=headers)
+
+
+@router.delete("/v1/jobs/{id}", status_code=204, responses=FAILURES)
+def delete_job(job: OwnJob, service: ServiceOf) -> None:
+    """Cancel the job if it waits or runs, and remove it with its files."""
+    service.store.delete(job.id)
