@@ -315,6 +315,8 @@ def test_a_shadow_answers_nobody() -> None:
     versions = [served.version("1", 50), served.version("2", 0, shadow=True), served.version("3", 50)]
     model = ActiveModel(name="brains", assign_by="caller", versions=versions)
     assert set(assigned(model).values()) == {"1", "3"} and model.shadows() == [versions[1]]
+    alone = ActiveModel(name="brains", assign_by="caller", versions=[served.version(), versions[1]])
+    assert alone.assign("anybody", "job") == (served.version(), "only") and alone.shadows() == [versions[1]]
 
 
 @pytest.mark.parametrize(
