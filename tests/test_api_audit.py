@@ -112,6 +112,13 @@ def test_hostile_text_stays_in_its_line(tmp_path: Path) -> None:
     assert verify(tmp_path).problems == []
 
 
+def test_long_text_takes_no_longer(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, 1)
+    started = time.process_time()
+    log.record("eyJ" * 100_000, 200)
+    assert time.process_time() - started < 1
+
+
 def test_keys_and_tokens_are_never_written(tmp_path: Path) -> None:
     token = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJ1MSJ9.c2lnbmF0dXJl"
     log = AuditLog(tmp_path, 1)
