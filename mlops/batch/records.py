@@ -207,11 +207,12 @@ def _record_name(shard: int, settings: Settings) -> str:
 
 def _differing(one: Strict, other: Strict) -> str:
     """The fields of `one` that differ from those of `other`, in words."""
-    others = other.model_dump()
-    return ", ".join(f"{key} {_shown(value)}" for key, value in one.model_dump().items() if value != others[key])
+    ours, theirs = _facts(one), _facts(other)
+    return ", ".join(f"{name} {value}" for name, value in ours.items() if value != theirs.get(name))
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {str(digest)[:12]}" for name, digest in value.items())
-    return str(value)
+def _facts(fields: Strict) -> dict[str, object]:
+    """Names and values; of weights each file's name and the beginning of its digest."""
+    facts = fields.model_dump()
+    digests = facts.pop("weights_sha256", {})
+    return facts | {name: digest[:12] for name, digest in digests.items()}
