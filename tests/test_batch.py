@@ -250,6 +250,24 @@ def test_a_damaged_record_is_not_trusted(shard: Shard, output: Path, expected: d
     assert {json.loads((output / name).read_text())["time"] for name in SIDECARS} == {"2020-02-03T04:05:06+00:00"}
 
 
+def test_a_record_of_other_settings_is_not_trusted(shard: Shard, output: Path, expected: dict[str, bytes]) -> None:
+    """As of two shards with different settings that are started at the same moment."""
+    assert shard().code == 0
+    record = output / "manifest" / "shard-0-of-1.jsonl"
+    record.write_text(record.read_text().replace('"steps":2', '"steps":3'))
+    assert "no manifest yet: shard 0 of 1 has not ended" in shard("--finish").last_line
+    assert "0 of 5 volumes are there" in shard().stderr
+    require_batch(output, expected)
+
+
+def test_no_manifest_while_another_shard_is_under_way(shard: Shard, output: Path) -> None:
+    killed = shard("--shards", 2, "--shard", 1, faults=[("signal_at_call", "SIGKILL", "mlops.batch.shard:_write", 1)])
+    assert killed.code == -9
+    done = shard("--shards", 2, "--shard", 0)
+    assert (done.code, done.last_line) == (0, "manifest.json follows: shard 1 of 2 has not ended")
+    assert not (output / "manifest.json").exists()
+
+
 def test_old_leftovers_are_removed_and_others_kept(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (output / "manifest").mkdir(parents=True)
     old, new = [output / ".tmp-a-x.nii.gz", output / "manifest" / ".tmp-b-begun.json"], output / ".tmp-c-y.nii.gz"
