@@ -24,6 +24,7 @@ def write_sample(
     scheduler: str,
     steps: int,
     dtype: Literal["float32", "int16"] = "float32",
+    time: datetime | None = None,
 ) -> None:
     """Write a volume, and beside it how it was made.
 
@@ -35,6 +36,7 @@ def write_sample(
         scheduler: that it was sampled with.
         steps: network evaluations.
         dtype: how voxels are stored.
+        time: what the sidecar gives as its time; now if None.
 
     Raises:
         OutputError: as `ldm3d.nifti.write_volume`.
@@ -56,6 +58,6 @@ def write_sample(
         "decoding": str(sampler.decoding),
         "code_version": __version__,
         "torch_version": torch.__version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": (time or datetime.now(UTC)).isoformat(timespec="seconds"),
     }
     write_volume(path, values[0].numpy(), sampler.card.spacing, dtype, sidecar)

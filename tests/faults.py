@@ -103,6 +103,13 @@ def note_each_encoded_volume() -> None:
     encoding.SECONDS_BETWEEN_MARKS = 0
 
 
+def note_each_batch() -> None:
+    """A shard notes its volumes after each batch, not those of half a minute at once."""
+    from mlops.batch import shard
+
+    shard.SECONDS_BETWEEN_RECORDS = 0
+
+
 def kill_after(seconds: float) -> None:
     """Die so many seconds from now, wherever that may be."""
     timer = threading.Timer(seconds, lambda: _signal("SIGKILL"))
