@@ -33,7 +33,8 @@ from mlops.api.schemas import Job, SampleRequest
 STATIC = Path(__file__).parents[1] / "mlops" / "api" / "static"
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+    "trusted-types 'none'"
 )
 STEPS, STEP_SECONDS = 5, 0.2
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -301,12 +302,16 @@ class Service:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}{self.prefix}/"
 
+    def add_job(self, seed: int) -> None:
+        """A job that waits, sent by another program of the same caller."""
+        new_job(self.state, SampleRequest(seed=seed))
+
     def start(self) -> None:
         app = outer = make_app(self.state)
         if self.prefix:
             outer = FastAPI()
             outer.mount(self.prefix, app)
-        config = uvicorn.Config(outer, port=self.port, log_level="error", timeout_graceful_shutdown=0)
+        config = uvicorn.Config(outer, port=self.port, log_level="error", timeout_graceful_shutdown=0, lifespan="off")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

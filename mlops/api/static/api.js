@@ -17,6 +17,11 @@ export class Problem extends Error {
     this.errors = Array.isArray(content.errors) ? content.errors : [];
     this.retryAfter = retryAfter;
   }
+
+  /** Whether the same request may well work later. */
+  get passing() {
+    return this.status === 429 || this.status >= 500;
+  }
 }
 
 export const key = {

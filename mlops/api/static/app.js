@@ -2,12 +2,13 @@
 
 import { fileAddress, getBytes, getJson, key, postSample, Problem } from "./api.js";
 import { connection, tryNow } from "./connection.js";
-import { byId, setText } from "./dom.js";
+import { byId, pause, setText } from "./dom.js";
 import * as form from "./form.js";
 import * as jobs from "./jobs.js";
 import { describe, explain, nameOf } from "./messages.js";
 import * as viewer from "./viewer.js";
 
+const RETRY_SECONDS = 5;
 const ROLES = ["viewer", "operator", "admin"];
 let caller = null;
 let newest = null; // Of the jobs sent from here: the one whose first volume is shown when it is done.
@@ -20,9 +21,13 @@ async function enter() {
     caller = await getJson("v1/me");
     form.offer(await getJson("v1/models"));
   } catch (error) {
-    leave(key.get() ? explain(error) : error.status === 401 ? "" : explain(error));
-    return;
+    if (!(error instanceof Problem)) throw error;
+    if (error.status === 401) return leave(key.get() ? explain(error) : "");
+    setText(byId("entry-error"), `${explain(error)} Trying again.`);
+    await pause(error.retryAfter ?? RETRY_SECONDS);
+    return enter();
   }
+  setText(byId("entry-error"), "");
   setText(byId("caller-name"), `${caller.name} (${caller.role})`);
   byId("caller").hidden = false;
   byId("log-out").hidden = !key.get();
@@ -32,7 +37,7 @@ async function enter() {
   byId("may-not").hidden = may;
   byId("sample-form").hidden = !may;
   document.body.classList.toggle("viewing-only", !may);
-  await jobs.start({ show, changed, failed }).catch(failed);
+  return jobs.start({ show, changed, failed });
 }
 
 /** Forgets the key and everything seen with it, and asks for another. */
@@ -85,7 +90,7 @@ async function show(pane, job, file, number) {
   try {
     const bytes = await getBytes(fileAddress(job, file.name));
     if (!caller || (turn !== showing && pane === "a")) return; // Logged out, or another volume was asked for since.
-    await viewer.show(byId("pane-a").hidden ? "a" : pane, bytes, file.name, `${nameOf(job, number)} · ${job.version}`);
+    await viewer.show(byId("pane-a").hidden ? "a" : pane, bytes, file.name, `${nameOf(job, number)} · ${job.request.model} ${job.version}`);
   } catch (error) {
     setText(byId("viewer-error"), explain(error, caller?.role));
   } finally {

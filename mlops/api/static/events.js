@@ -7,6 +7,7 @@ import { pause } from "./dom.js";
 // HTTP/1.1; streams take half of them at most, other jobs are polled.
 const MAX_STREAMS = 3;
 const POLL_SECONDS = 2;
+const BUSY_SECONDS = 10;
 const SILENCE_SECONDS = 45;
 const FINISHED = ["done", "failed", "cancelled"];
 let streams = 0;
@@ -21,10 +22,16 @@ export async function watch(id, onJob, signal) {
       if (last && isFinished(last)) return;
       streaming = heard;
     }
-    const job = await getJson(`v1/jobs/${id}`, { signal });
-    onJob(job);
-    if (isFinished(job)) return;
-    await pause(POLL_SECONDS, signal);
+    let wait = POLL_SECONDS;
+    try {
+      const job = await getJson(`v1/jobs/${id}`, { signal });
+      onJob(job);
+      if (isFinished(job)) return;
+    } catch (error) {
+      if (!error.passing) throw error;
+      wait = error.retryAfter ?? BUSY_SECONDS;
+    }
+    await pause(wait, signal);
   }
 }
 

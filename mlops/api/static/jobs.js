@@ -14,12 +14,10 @@ let next = null;
 let hooks = {};
 
 /** Shows the caller's jobs from now on. `given`: `show(pane, job, file, number)`, `changed(job)`, `failed(error)`. */
-export async function start(given) {
+export function start(given) {
   stop();
   hooks = given;
-  const { signal } = session;
-  await refresh(signal);
-  keepFresh(signal).catch((error) => signal.aborted || hooks.failed(error));
+  keepFresh(session.signal).catch(() => {}); // Ends when `stop` says so, with that as an error.
 }
 
 /** Forgets the jobs, and asks about none of them any more. */
@@ -35,6 +33,7 @@ export function stop() {
 /** Takes a job into the list, or what is new about it. */
 export function put(job) {
   let card = cards.get(job.id);
+  if (card?.finished && !isFinished(job)) return; // An answer that was overtaken by the stream.
   if (!card) {
     card = makeCard(job);
     cards.set(job.id, card);
@@ -67,9 +66,17 @@ async function load(address, signal) {
 
 // Jobs that other tabs and programs with the same key have sent, too.
 async function keepFresh(signal) {
-  for (;;) {
+  for (let trouble = false; ; ) {
+    try {
+      if (!cards.size || document.visibilityState === "visible") await refresh(signal);
+      if (trouble) setText(byId("jobs-error"), "");
+      trouble = false;
+    } catch (error) {
+      signal.throwIfAborted();
+      hooks.failed(error);
+      trouble = true;
+    }
     await pause(REFRESH_SECONDS, signal);
-    if (document.visibilityState === "visible") await refresh(signal);
   }
 }
 
@@ -129,12 +136,14 @@ function makeCard(first) {
     state,
     bar,
   );
-  const element = make("li", { className: "job" }, text, files, end);
+  const element = make("li", { className: "job" }, text, make("div", { className: "actions" }, files, end));
   element.dataset.id = first.id;
   let shown = null;
   return {
     element,
+    finished: false,
     update(job) {
+      this.finished = isFinished(job);
       element.dataset.state = job.state;
       setText(state, describe(job));
       bar.hidden = job.state !== "running";
@@ -148,9 +157,8 @@ function makeCard(first) {
 }
 
 async function discard(id) {
-  const { element } = cards.get(id);
-  const finished = element.dataset.state === "done";
-  if (finished && !confirm("Delete this job and its volumes?")) return;
+  const done = cards.get(id).element.dataset.state === "done";
+  if (done && !confirm("Delete this job and its volumes?")) return;
   try {
     await deleteJob(id);
   } catch (error) {

@@ -61,6 +61,6 @@ function duration(seconds) {
 
 function clock(time) {
   const date = new Date(time);
-  const soon = Math.abs(date - Date.now()) < 20 * 3600 * 1000;
-  return date.toLocaleString([], soon ? { timeStyle: "short" } : { dateStyle: "medium", timeStyle: "short" });
+  const day = date - Date.now() < 6 * 24 * 3600 * 1000 ? { weekday: "short" } : { month: "short", day: "numeric" };
+  return date.toLocaleString([], { ...day, hour: "numeric", minute: "2-digit" });
 }

@@ -66,10 +66,13 @@ async function makePane(canvas) {
     dragAndDropEnabled: false,
     scrollRequiresFocus: true, // The page scrolls past the volume.
     show3Dcrosshair: true,
+    crosshairWidth: 1.6,
+    crosshairWidthUnit: "mm",
     crosshairColor: [0.3, 0.75, 1, 0.8],
     fontColor: [0.85, 0.85, 0.85, 1],
     multiplanarShowRender: 1, // Always.
-    multiplanarPadPixels: 4,
+    multiplanarPadPixels: 8,
+    fontMinPx: 16,
   });
   viewer.onLocationChange = () => !sharing && move([...viewer.scene.crosshairPos]);
   viewer.onAzimuthElevationChange = (azimuth, elevation) => !sharing && share((other) => {
