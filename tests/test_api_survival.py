@@ -236,19 +236,19 @@ def test_two_web_processes_and_two_workers_share_redis(tmp_path: Path) -> None:
 
 def test_jobs_are_taken_while_redis_is_down_and_done_when_it_is_back(tmp_path: Path) -> None:
     port = free_port()
-    with redis(tmp_path, port) as server, running(tmp_path, queue_url=f"redis://127.0.0.1:{port}/0") as service:
-        with service.client() as client:
-            server.kill()
-            server.wait()
-            made = client.post("/v1/samples", json={"steps": 2})
-            assert made.status_code == 202
-            not_ready = client.get("/ready")
-            assert not_ready.status_code == 503
-            assert not_ready.json()["checks"]["queue"] == "does not answer"
-            assert client.get("/health").status_code == 200
-            with redis(tmp_path, port):
-                assert finished(client, made.json()["id"])["state"] == "done"
-                until(lambda: client.get("/ready").status_code == 200, "ready again")
+    url = f"redis://127.0.0.1:{port}/0"
+    with redis(tmp_path, port) as server, running(tmp_path, queue_url=url) as service, service.client() as client:
+        server.kill()
+        server.wait()
+        made = client.post("/v1/samples", json={"steps": 2})
+        assert made.status_code == 202
+        not_ready = client.get("/ready")
+        assert not_ready.status_code == 503
+        assert not_ready.json()["checks"]["queue"] == "does not answer"
+        assert client.get("/health").status_code == 200
+        with redis(tmp_path, port):
+            assert finished(client, made.json()["id"])["state"] == "done"
+            until(lambda: client.get("/ready").status_code == 200, "ready again")
 
 
 def test_processes_of_a_stopped_service_are_gone(tmp_path: Path) -> None:
