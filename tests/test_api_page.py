@@ -293,6 +293,7 @@ def test_server_goes_and_comes_back(visit, service) -> None:
     service.stop()
     gone = page.get_by_role("alert").filter(has_text="The server does not answer. Trying again in")
     expect(gone).to_be_visible()
+    expect(gone).to_contain_text("in 2 s")  # Less often each time.
     generate(page, 9, shown=False)  # Waits for the server as well, and is sent once.
     service.state.hold = False
     service.start()
