@@ -28,14 +28,10 @@ from fastapi.staticfiles import StaticFiles
 from PIL import Image
 
 from ldm3d.phantom import make_phantom
-from mlops.api.schemas import Job, SampleRequest
+from mlops.api.observe import PAGE_POLICY
+from mlops.api.schemas import Catalogue, Job, JobPage, Me, SampleRequest
 
 STATIC = Path(__file__).parents[1] / "mlops" / "api" / "static"
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-    "trusted-types 'none'"
-)
 STEPS, STEP_SECONDS = 5, 0.2
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 SPACING = 3.2
@@ -192,7 +188,7 @@ def make_app(state: State) -> FastAPI:
     async def headers(request: Request, call_next: Any) -> Response:
         state.seen.append((request.method, request.url.path, await request.body()))
         response: Response = await call_next(request)
-        response.headers["Content-Security-Policy"] = CSP
+        response.headers["Content-Security-Policy"] = PAGE_POLICY
         response.headers["X-Content-Type-Options"] = "nosniff"
         return response
 
@@ -225,13 +221,13 @@ def make_app(state: State) -> FastAPI:
         return {"status": "alive"}
 
     @app.get("/v1/me")
-    def me(request: Request) -> dict[str, str]:
-        return {"id": "1", "name": "Anna" if state.keys else "local", "role": role(request)}
+    def me(request: Request) -> Me:
+        return Me(id="1", name="Anna" if state.keys else "local", role=role(request))
 
     @app.get("/v1/models")
-    def models(request: Request) -> dict[str, Any]:
+    def models(request: Request) -> Catalogue:
         role(request)
-        return catalogue(state)
+        return Catalogue.model_validate(catalogue(state))
 
     @app.post("/v1/samples")
     def sample(request: Request, asked: SampleRequest) -> Response:
@@ -243,14 +239,14 @@ def make_app(state: State) -> FastAPI:
         return Response(advance(state, new_job(state, asked)), 202, media_type="application/json")
 
     @app.get("/v1/jobs")
-    def jobs(request: Request, limit: int = 20, before: str = "~") -> dict[str, Any]:
+    def jobs(request: Request, limit: int = 20, before: str = "~") -> JobPage:
         role(request)
         own = sorted(
             (one for one in state.jobs.values() if one["id"] < before), key=lambda one: one["id"], reverse=True
         )
         shown = own[:limit]
         rest = shown[-1]["id"] if len(own) > limit else None
-        return {"jobs": [json.loads(advance(state, one)) for one in shown], "next": rest}
+        return JobPage(jobs=[Job.model_validate_json(advance(state, one)) for one in shown], next=rest)
 
     @app.get("/v1/jobs/{job_id}")
     def job(request: Request, job_id: str) -> Response:

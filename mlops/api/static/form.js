@@ -59,9 +59,10 @@ export function clearErrors() {
 }
 
 // The versions of a model share its traffic, and which of them answers is the service's affair; the first one's
-// defaults and conditions stand for all.
+// defaults and conditions stand for all. Nobody sees what a shadow makes.
 function version() {
-  return catalogue.models.find(({ name }) => name === byId("model").value)?.versions[0];
+  const versions = catalogue.models.find(({ name }) => name === byId("model").value)?.versions;
+  return versions?.find(({ shadow }) => !shadow);
 }
 
 function offerVersion() {
