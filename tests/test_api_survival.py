@@ -58,6 +58,7 @@ def test_a_killed_worker_is_replaced_and_its_job_goes_on(service: Service) -> No
         (died,) = (service.data / "jobs" / job_id).glob("died-*")
         assert str(worker) in died.read_text()
         assert service.workers() != [worker]
+        assert "ldm3d_models_loaded 1.0" in client.get("/metrics").text  # the dead one's are not counted
 
 
 def test_a_killed_web_process_loses_nothing(service: Service) -> None:

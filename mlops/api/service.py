@@ -15,7 +15,7 @@ from mlops.api.catalogue import ActiveModel, ActiveSet, ActiveVersion, Catalogue
 from mlops.api.jobs import JobStore, KeyReused, Refused
 from mlops.api.limits import RateLimit, Streams, too_many
 from mlops.api.problems import problem
-from mlops.api.queue import LATE, Queue, QueueDown
+from mlops.api.queue import LATE, RELOAD, URGENT, Queue, QueueDown
 from mlops.api.records import Record, new_job_id
 from mlops.api.schemas import Job, SampleRequest
 from mlops.api.settings import Settings
@@ -135,6 +135,12 @@ class Service:
             self.store.accept_shadow(made.model_copy(update={"shadow_of": record.id}))
             metrics.JOBS_ACCEPTED.labels(model.name, version.version, "yes").inc()
             self._enqueue(made.id, LATE)
+
+    def ask_for_reload(self) -> str:
+        """Ask a worker to read models.yaml again. Returns the wish's name. Raises `QueueDown`."""
+        name = RELOAD + new_job_id()
+        self.queue.put(name, URGENT)
+        return name
 
     def _enqueue(self, job_id: str, *priority: int) -> None:
         try:

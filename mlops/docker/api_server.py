@@ -48,6 +48,8 @@ class Workers:
             thread.start()
 
     def _keep_one(self) -> None:
+        from prometheus_client import multiprocess  # not before `count_into_files`
+
         pause = 1.0
         while not self.ending.is_set():
             began = time.monotonic()
@@ -60,6 +62,7 @@ class Workers:
             self._running.append(worker)
             code = worker.wait()
             self._running.remove(worker)
+            multiprocess.mark_process_dead(worker.pid)
             if self.ending.is_set():
                 return
             if code == EXIT_USER_ERROR:
@@ -69,11 +72,6 @@ class Workers:
             pause = 1.0 if time.monotonic() - began > STEADY_SECONDS else min(2 * pause, LONGEST_PAUSE_SECONDS)
             print(f"warning: a worker has ended (exit status {code}); starting another", file=sys.stderr)
             self.ending.wait(pause)
-
-    def reload(self) -> None:
-        """Let one of them read models.yaml again."""
-        for worker in self._running[:1]:
-            worker.send_signal(signal.SIGHUP)
 
     def end(self) -> None:
         """Stop them; the jobs that they have wait for the next start."""
@@ -125,8 +123,9 @@ def serve(settings: Settings) -> int:
     from mlops.api.app import create_app
     from mlops.api.connections import GuardedProtocol
 
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         http=GuardedProtocol,
@@ -145,7 +144,8 @@ def serve(settings: Settings) -> int:
     workers = Workers(settings.workers, refused)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))
-    signal.signal(signal.SIGHUP, lambda *_: workers.reload())
+    # In a thread: what the signal interrupts may hold the queue's lock.
+    signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=app.state.service.ask_for_reload).start())
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"listening at http://{shown}:{port}{settings.root_path}/", file=sys.stderr, flush=True)

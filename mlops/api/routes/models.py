@@ -11,8 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from mlops.api.callers import Caller
 from mlops.api.presence import workers
 from mlops.api.problems import documented, problem
-from mlops.api.queue import RELOAD, URGENT, QueueDown
-from mlops.api.records import new_job_id
+from mlops.api.queue import QueueDown
 from mlops.api.schemas import Catalogue, Limits, Me, ReloadResult
 from mlops.api.service import Service, caller_of, service_of
 
@@ -46,9 +45,8 @@ def me(caller: Annotated[Caller, Depends(caller_of)]) -> Me:
 )
 async def reload(response: Response, service: ServiceOf) -> ReloadResult:
     """Read `models.yaml` again. New versions are tried first; if one cannot be used, nothing changes."""
-    name = RELOAD + new_job_id()
     try:
-        await run_in_threadpool(service.queue.put, name, URGENT)
+        name = await run_in_threadpool(service.ask_for_reload)
     except QueueDown as error:
         raise problem(503, "the queue does not answer", headers={"Retry-After": "5"}) from error
     until = time.monotonic() + RELOAD_SECONDS
