@@ -104,6 +104,12 @@ def test_parts_of_a_file_can_be_asked_for(client: httpx.Client, job: dict[str, A
     assert two.headers["content-type"].startswith("multipart/byteranges; boundary=")
 
 
+def test_whole_numbers_may_have_a_point(client: httpx.Client) -> None:
+    body = b'{"num": 2.0, "seed": 7.0, "steps": 1.0}'
+    made = client.post("/v1/samples", content=body, headers={"Content-Type": "application/json"}).json()
+    assert (made["request"]["num"], made["request"]["seed"], made["request"]["steps"]) == (2, 7, 1)
+
+
 def test_formats(client: httpx.Client) -> None:
     asked = {"seed": 3, "steps": 4, "format": "nii", "dtype": "int16"}
     made = client.post("/v1/samples?wait=30", json=asked).json()
@@ -182,6 +188,7 @@ def test_models_say_what_can_be_asked_for(client: httpx.Client, job: dict[str, A
         ({"num": 0}, "num"),
         ({"num": 9}, "num"),
         ({"num": "2"}, "num"),
+        ({"num": True}, "num"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"steps": 51}, "steps"),

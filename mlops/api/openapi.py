@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from ldm3d.samplers import LARGEST_SEED
 from mlops.api.schemas import Problem
 from mlops.api.settings import Settings
 
@@ -45,6 +46,7 @@ def _show_limits(document: dict[str, Any], settings: Settings) -> None:
     """What no model offers more of. A version may offer fewer steps: `GET /v1/models` says so."""
     asked = document["components"]["schemas"]["SampleRequest"]["properties"]
     asked["num"]["maximum"] = settings.max_num
+    asked["seed"]["maximum"] = LARGEST_SEED  # FastAPI has made a float of it, which is larger by one
     for choice in asked["steps"]["anyOf"]:
         if choice["type"] == "integer":
             choice["maximum"] = settings.max_steps

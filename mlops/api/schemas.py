@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ldm3d.samplers import LARGEST_SEED
 from ldm3d.sections import SamplerName
@@ -17,6 +17,14 @@ JobId = Annotated[str, Field(pattern=r"^[0-9a-hjkmnp-tv-z]{26}$", description="S
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 2.0 is 2, and some clients write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
+
+
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,12 +32,14 @@ class Wire(BaseModel):
 class SampleRequest(Wire):
     """What to generate. The same request gives the same bytes."""
 
-    num: Annotated[int, Field(ge=1, strict=True, description="Number of volumes.")] = 1
+    num: Annotated[int, Field(ge=1, strict=True, description="Number of volumes."), Whole] = 1
     seed: Annotated[
-        int, Field(ge=0, le=LARGEST_SEED, strict=True, description="The same seed gives the same volumes.")
+        int, Field(ge=0, le=LARGEST_SEED, strict=True, description="The same seed gives the same volumes."), Whole
     ] = 0
     steps: Annotated[
-        int | None, Field(ge=1, strict=True, description="Network evaluations for a volume; the model's default.")
+        int | None,
+        Field(ge=1, strict=True, description="Network evaluations for a volume; the model's default."),
+        Whole,
     ] = None
     scheduler: Annotated[SamplerName | None, Field(description="As far as the model's training allows.")] = None
     model: Annotated[ModelName | None, Field(description="Of `GET /v1/models`; the first one listed there.")] = None
