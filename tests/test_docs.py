@@ -215,7 +215,8 @@ def problems_of_command(words: list[str]) -> list[str]:
         return problems_of_launcher(name, rest)
     if name == "srun":
         return problems_of_command(rest)
-    known = name in ("source", "export", "ruff", "tensorboard") or re.match(r"\w+=", program)
+    # test_api_docs.py runs what is asked of the service.
+    known = name in ("source", "export", "ruff", "tensorboard", "curl") or re.match(r"\w+=", program)
     return [] if known else [f"nobody checks {name}"]
 
 
