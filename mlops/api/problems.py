@@ -32,9 +32,9 @@ TITLES = {
 
 # When it happens, for OpenAPI and docs/API.md.
 WHY = {
-    400: "The Host header is not one of this service's, the Range header is none, or the body is not UTF-8.",
+    400: "The Host header is not one of this service's, the Range header is malformed, or the body is not UTF-8.",
     401: "There is no key or token, or it is unknown, revoked or expired.",
-    403: "The role is not enough, or a page of another origin asks.",
+    403: "The role is not enough, the token names none, or a page of another origin asks.",
     404: "There is no such job or file, it was removed, or it is somebody else's.",
     408: "The body took too long to come.",
     413: "The body is larger than the service takes.",

@@ -226,7 +226,7 @@ class Problem(BaseModel):
                     "type": "about:blank",
                     "title": "Cannot be used",
                     "status": 422,
-                    "detail": "steps: steps 5000: must be between 1 and 1000",
+                    "detail": "steps 5000: must be between 1 and 1000",
                     "errors": [{"field": "steps", "message": "steps 5000: must be between 1 and 1000"}],
                 }
             ]
