@@ -160,12 +160,12 @@ def test_generate_watch_look_compare_and_download(visit, service, tmp_path: Path
     left, right = drawn(page), drawn(page, "pane-b")
     assert differ(left, right) > 0.05
 
-    page.get_by_label("Left to right").fill("0.3")  # One crosshair for both.
+    page.get_by_label("Right to left").fill("0.3")  # One crosshair for both.
     moved = drawn(page), drawn(page, "pane-b")
     assert differ(moved[0], left) > 0.01
     assert differ(moved[1], right) > 0.01
     page.locator("#pane-b canvas").click(position={"x": 80, "y": 120})
-    assert page.get_by_label("Left to right").input_value() != "0.3"
+    assert page.get_by_label("Right to left").input_value() != "0.3"
     before = drawn(page)
     page.get_by_label("View", exact=True).select_option("Axial")
     assert differ(pixels(page, "pane-a"), before) > 0.05

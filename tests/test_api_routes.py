@@ -13,7 +13,8 @@ import nibabel as nib
 import pytest
 import tiny
 from PIL import Image
-from service import Service, finished, running
+from scripts import Desk
+from service import Service, finished, models_yaml, running
 
 from ldm3d.sampling import Sampler
 
@@ -325,3 +326,18 @@ def test_the_log_has_no_user_text(service: Service, client: httpx.Client) -> Non
     audit = Path(service.data / "audit" / "audit.jsonl").read_text()
     assert "\x1b" not in audit
     assert '"POST /v1/samples"' in audit
+
+
+def test_the_same_bytes_as_inference_py(trained: Desk, tmp_path: Path) -> None:
+    """`trained` has 3 volumes of seed 5, made by the script."""
+    sidecar = json.loads((trained.results / "synimg_5_0.json").read_text())
+    models_yaml(tmp_path / "models.yaml", {"1": {"weights": str(trained.model)}})
+    asked = {"num": 3, "seed": 5, "steps": sidecar["steps"], "scheduler": sidecar["scheduler"]}
+    with running(tmp_path) as service, service.client() as client:
+        job = client.post("/v1/samples?wait=60", json=asked).json()
+        for number in range(3):
+            name = f"synimg_5_{number}.nii.gz"
+            served = client.get(f"/v1/jobs/{job['id']}/files/{name}").content
+            assert served == (trained.results / name).read_bytes()
+        ours = client.get(f"/v1/jobs/{job['id']}/files/synimg_5_0.json").json()
+        assert ours | {"time": sidecar["time"]} == sidecar

@@ -3,19 +3,23 @@
 import logging
 import secrets
 import time
+from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ldm3d.errors import UserError
 from mlops.api import metrics
 from mlops.api.audit import AuditLog
-from mlops.api.security import route_of
+from mlops.api.problems import problem, problem_response
+from mlops.api.security import READING, route_of
 
 log = logging.getLogger("ldm3d.service")
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -42,6 +46,8 @@ class Observe:
 
     def __init__(self, app: ASGIApp, audit: AuditLog):
         self.app, self.audit = app, audit
+        # After the first entry that could not be written.
+        self._failed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,17 +62,25 @@ class Observe:
                 status = message["status"]
                 given = {name.lower() for name, _ in message["headers"]}
                 ours = {**HEADERS, "X-Request-Id": request_id}
-                if not scope["path"].startswith("/static"):
-                    ours["Cache-Control"] = "no-store"
+                # The page's parts belong together: a browser asks each time whether they are still the same.
+                ours["Cache-Control"] = "no-cache" if scope["path"].startswith("/static") else "no-store"
                 extra = [(k.lower().encode(), v.encode()) for k, v in ours.items() if k.lower().encode() not in given]
                 message["headers"] = [*message["headers"], *extra]
             await send(message)
 
         try:
-            await self.app(scope, receive, observed)
+            if self._failed and scope["method"] not in READING and not await self._works_again():
+                refusal = problem(503, "the audit log cannot be written, so nothing may be changed")
+                await problem_response(refusal)(scope, receive, observed)
+            else:
+                await self.app(scope, receive, observed)
         finally:
             self._count(scope, status, time.perf_counter() - started)
             await self._audit(scope, status)
+
+    async def _works_again(self) -> bool:
+        self._failed = not await self._record(what="audit log", outcome="works again")
+        return not self._failed
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         method, template = _route(scope)
@@ -79,19 +93,22 @@ class Observe:
         if template in OPEN or (template in UNAUDITED and method == "GET" and status < 400):
             return
         state = scope["state"]
-        address = (scope.get("client") or ("", 0))[0]
+        self._failed |= not await self._record(
+            what=f"{method} {template}",
+            outcome=status,
+            caller=state.get("caller"),
+            job=state.get("job"),
+            address=(scope.get("client") or ("", 0))[0],
+            request_id=state["request_id"],
+        )
+
+    async def _record(self, **entry: Any) -> bool:
         try:
-            await run_in_threadpool(
-                self.audit.record,
-                what=f"{method} {template}",
-                outcome=status,
-                caller=state.get("caller"),
-                job=state.get("job"),
-                address=address,
-                request_id=state["request_id"],
-            )
-        except Exception:
-            log.exception("the audit log cannot be written")
+            await run_in_threadpool(self.audit.record, **entry)
+        except UserError as error:
+            log.error("%s; until it can be written nothing is changed", error)
+            return False
+        return True
 
 
 def _route(scope: Scope) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from mlops.api.records import Outcome
 from mlops.api.settings import Settings, load_settings
 from mlops.api.upkeep import expire, recover
 from mlops.api.weights_store import prune
+from mlops.commands import EXIT_USER_ERROR, Parser
 
 UPKEEP_SECONDS = 5.0
 TIDY_SECONDS = 60.0
@@ -181,7 +182,7 @@ def die_with_parent(stopping: threading.Event) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attached", action="store_true", help="end when stdin is closed: for api_server.py")
     args = parser.parse_args()
     keep_freed_memory()
@@ -198,7 +199,7 @@ def main() -> int:
         worker.run()
     except UserError as error:
         print(f"error: {error.one_line()}", file=sys.stderr)
-        return 2
+        return EXIT_USER_ERROR
     return 0
 
 

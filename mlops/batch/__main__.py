@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ldm3d import __version__, distributed
 from ldm3d.allocator import keep_freed_memory
@@ -23,9 +23,9 @@ from ldm3d.signals import StopRequest
 from mlops.batch.records import MANIFEST, Begun, Head, Settings, begin, finish, read_begun
 from mlops.batch.shard import make_shard, this_machine
 from mlops.batch.store import Store, open_store
+from mlops.commands import EXIT_USER_ERROR, Parser
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
-EXIT_USER_ERROR = 2
 EXAMPLES = """examples:
   python -m mlops.batch --weights checkpoints/demo --num 8 --output results/batch
   python -m mlops.batch --weights checkpoints/demo --num 10000 --shards 16 --shard 3 --output s3://bucket/brains
@@ -89,14 +89,6 @@ def _shards(unfinished: list[int], begun: Begun) -> str:
     shown = ", ".join(map(str, unfinished[:10])) + (f" and {len(unfinished) - 10} more" if len(unfinished) > 10 else "")
     one = len(unfinished) == 1
     return f"shard{'' if one else 's'} {shown} of {begun.settings.shards} {'has' if one else 'have'}"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors in the house's form: one line, `error: ...`, exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see python -m mlops.batch --help)", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR)
 
 
 def parse() -> argparse.Namespace:

@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from ldm3d.errors import ConfigError, UserError  # noqa: E402
 from mlops.api.settings import Settings, load_settings  # noqa: E402
+from mlops.commands import EXIT_USER_ERROR, Parser  # noqa: E402
 
-EXIT_USER_ERROR = 2
 SHUTDOWN_SECONDS = 20
 LONGEST_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 60.0
@@ -102,7 +102,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", help="address to listen at; 127.0.0.1 by default")
     parser.add_argument("--port", type=int, help="8000 by default")
     parser.add_argument("--data-dir", dest="data_dir", help="where everything is kept; service_data by default")

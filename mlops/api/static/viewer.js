@@ -71,6 +71,8 @@ async function makePane(canvas) {
     crosshairColor: [0.3, 0.75, 1, 0.8],
     fontColor: [0.85, 0.85, 0.85, 1],
     multiplanarShowRender: 1, // Always.
+    isRadiologicalConvention: true, // As the previews: the patient's right is on the left.
+    sagittalNoseLeft: true,
     multiplanarPadPixels: 8,
     fontMinPx: 16,
   });
