@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answers(service: Service, folder: Path) -> list[str]:
     """What all commands answer, run in one shell in the document's order."""
+    for program in ("bash", "curl", "jq"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program} (Debian's package {program})")
     script = f"\necho; echo '{MARK}'\n".join(example.commands for example in examples())
     # Nothing is changed but the address, and that an error is one: the shell stops there.
     script = script.replace(ADDRESS, service.url).replace("curl ", "curl --fail-with-body -sS ")
