@@ -186,6 +186,16 @@ def problems_of_launcher(script: str, arguments: list[str]) -> list[str]:
     return problems + problems_of_script("train_autoencoder.py", [*files, *handed])
 
 
+def problems_of_module(module: str, arguments: list[str]) -> list[str]:
+    """What is wrong with a call of a command of `mlops`."""
+    path = ROOT / module.replace(".", "/")
+    files = [file for file in (path.with_suffix(".py"), path / "__main__.py") if file.is_file()]
+    if not files:
+        return [f"there is no {module}"]
+    known = set(re.findall(r'"(--?[a-z][a-z-]*)"', files[0].read_text()))
+    return [f"{module} has no {word}" for word in arguments if re.match("--?[a-z]", word) and word not in known]
+
+
 # Of sbatch, which is not here to be asked.
 SLURM = {"--requeue", "--signal"}
 
@@ -196,6 +206,8 @@ def problems_of_command(words: list[str]) -> list[str]:
     name = Path(program).name
     if name in ("python", "python3") and rest[0].endswith(".py"):
         return problems_of_script(rest[0], rest[1:])
+    if name in ("python", "python3") and rest[:1] == ["-m"] and rest[1].startswith("mlops"):
+        return problems_of_module(rest[1], rest[2:])
     if name in ("python", "python3"):
         own = rest[:1] == ["-m"] and rest[1].startswith("ldm3d")
         return [f"no module {rest[1]}"] if own and rest[1].removeprefix("ldm3d.") not in ROOMS else []
@@ -215,7 +227,7 @@ def problems_of_command(words: list[str]) -> list[str]:
         return problems_of_launcher(name, rest)
     if name == "srun":
         return problems_of_command(rest)
-    # test_api_docs.py runs what is asked of the service.
+    # What is asked of the service is run by test_api_docs.py.
     known = name in ("source", "export", "ruff", "tensorboard", "curl") or re.match(r"\w+=", program)
     return [] if known else [f"nobody checks {name}"]
 
@@ -266,6 +278,7 @@ def test_every_option_of_a_script_stands_in_its_section(script: str) -> None:
 @each_document
 def test_options_that_are_named_exist(document: Path) -> None:
     known = set().union(*map(options_of, SCRIPTS)) | set(re.findall(r"--?[a-z]+", (ROOT / "train_LDM.sh").read_text()))
+    known |= {o for path in ROOT.glob("mlops/**/*.py") for o in re.findall(r'"(--?[a-z][a-z-]*)"', path.read_text())}
     known |= {option for action in get_args_parser()._actions for option in action.option_strings} | SLURM
     named = {span.split()[0] for span in spans(document.read_text()) if re.match("--?[a-z]", span)}
     assert named - known == set()
@@ -349,7 +362,9 @@ def is_path(span: str) -> bool:
 
 
 def in_tree(path: str, folder: Path) -> bool:
-    return any((place / path).exists() for place in (ROOT, folder, ROOT / "ldm3d", ROOT / "tests"))
+    return any(
+        (place / path).exists() for place in (ROOT, folder, ROOT / "ldm3d", ROOT / "mlops" / "api", ROOT / "tests")
+    )
 
 
 def made_by(path: str, code: str) -> bool:

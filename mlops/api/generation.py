@@ -22,6 +22,8 @@ from mlops.api.records import Outcome, Record
 from mlops.api.schemas import FileInfo, Progress
 
 REPORT_SECONDS = 0.2
+PATIENCE_SECONDS = 10.0
+"""So long may jobs of one kind overtake a job of another kind that waits."""
 MEDIA_TYPES = {".gz": "application/gzip", ".nii": "application/octet-stream", ".json": "application/json"}
 
 
@@ -100,6 +102,7 @@ class Generation:
         self.mixes = sampler.device.type == "cpu"
         self.tasks: list[Task] = []
         self._reported = 0.0
+        self._began = time.monotonic()
 
     def run(self, first: Record) -> list[str]:
         """Finish `first` and all jobs that were taken with it.
@@ -139,6 +142,8 @@ class Generation:
             if missing >= self.max_batch:
                 return
             waiting = self.store.record(name)
+            if waiting and kind(waiting) != wanted and time.monotonic() - self._began > PATIENCE_SECONDS:
+                return
             if waiting and kind(waiting) == wanted and (record := self.store.claim(name, self.worker)):
                 self._begin(record)
                 missing += len(self.tasks[-1].missing)
