@@ -12,6 +12,7 @@ import tiny
 import torch
 from service import publish
 
+from ldm3d.errors import OutputError
 from ldm3d.sampling import Sampler
 from mlops.api import generation
 from mlops.api.generation import Generation
@@ -110,6 +111,22 @@ def test_too_little_memory_for_one_volume_says_so(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     run(store, sampler, job)
     assert seen(store, job).error == "the device has not memory enough for one volume"
+
+
+def test_a_job_that_is_deleted_while_its_files_are_written_has_not_failed(
+    store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = accept(store)
+
+    def deleted(*args: Any) -> None:
+        store.delete(job.id)
+        raise OutputError("no such folder")
+
+    monkeypatch.setattr(generation, "write_sample", deleted)
+    run(store, sampler, job)
+    assert "failed" not in capsys.readouterr().err
+    assert not store.folder(job.id).exists()
+    assert store.unfinished_ids() == []
 
 
 def test_nan_is_never_a_volume(store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,19 @@ def test_parts_of_a_file_can_be_asked_for(client: httpx.Client, job: dict[str, A
     assert (part.status_code, part.content) == (206, whole[10:20])
     assert part.headers["content-range"] == f"bytes 10-19/{len(whole)}"
     beyond = client.get(address, headers={"Range": f"bytes={len(whole) + 5}-"})
-    assert beyond.status_code == 416
+    assert problem_of(beyond, 416)["detail"] == f"there is only bytes */{len(whole)}"
+    assert beyond.headers["content-range"] == f"bytes */{len(whole)}"
+    for wrong in ("bytes=a-b", "lines=1-2", "bytes=20-10", "10-19"):
+        problem_of(client.get(address, headers={"Range": wrong}), 400)
+    two = client.get(address, headers={"Range": "bytes=0-1,4-5"})
+    assert two.status_code == 206
+    assert two.headers["content-type"].startswith("multipart/byteranges; boundary=")
+
+
+def test_whole_numbers_may_have_a_point(client: httpx.Client) -> None:
+    body = b'{"num": 2.0, "seed": 7.0, "steps": 1.0}'
+    made = client.post("/v1/samples", content=body, headers={"Content-Type": "application/json"}).json()
+    assert (made["request"]["num"], made["request"]["seed"], made["request"]["steps"]) == (2, 7, 1)
 
 
 def test_formats(client: httpx.Client) -> None:
@@ -177,6 +189,7 @@ def test_models_say_what_can_be_asked_for(client: httpx.Client, job: dict[str, A
         ({"num": 0}, "num"),
         ({"num": 9}, "num"),
         ({"num": "2"}, "num"),
+        ({"num": True}, "num"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"steps": 51}, "steps"),
@@ -237,7 +250,29 @@ def test_a_job_name_that_is_none_is_refused(client: httpx.Client) -> None:
 
 
 def test_the_wrong_method(client: httpx.Client) -> None:
-    problem_of(client.put("/v1/samples", json={}), 405)
+    for method, path, allowed in [
+        ("PUT", "/v1/samples", "POST"),
+        ("PUT", "/v1/jobs/00000000000000000000000000", "DELETE, GET"),
+        ("OPTIONS", "/v1/jobs", "GET"),
+        ("POST", "/", "GET"),
+        ("POST", "/static/index.html", "GET, HEAD"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+    ]:
+        answer = client.request(method, path)
+        problem_of(answer, 405)
+        assert answer.headers["allow"] == allowed, path
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonp"])
+def test_a_body_that_is_not_said_to_be_json(client: httpx.Client, kind: str) -> None:
+    problem_of(client.post("/v1/samples", content=b"{}", headers={"Content-Type": kind}), 415)
+
+
+def test_a_body_that_is_not_json(client: httpx.Client) -> None:
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    errors = problem_of(client.post("/v1/samples", content=b'{"num": }', headers=headers), 422)["errors"]
+    assert errors == [{"field": "body", "message": "not JSON from character 8 on: Expecting value"}]
+    problem_of(client.post("/v1/samples", content=b'{"model": "\xff"}', headers=headers), 400)
 
 
 def test_a_body_that_is_too_large(client: httpx.Client) -> None:

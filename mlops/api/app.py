@@ -1,7 +1,6 @@
 """The web process: routes, who may call them, and what is around them. It never loads a model."""
 
 from pathlib import Path
-from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
@@ -18,11 +17,19 @@ from mlops.api.keys import KeyStore
 from mlops.api.limits import RateLimit, RequestLimits, Streams
 from mlops.api.observe import Observe
 from mlops.api.oidc import OidcVerifier
-from mlops.api.problems import ProblemError, problem_response
+from mlops.api.openapi import describe, operation_id
+from mlops.api.problems import PlainErrors, ProblemError, problem, problem_response
 from mlops.api.queue import Queue
 from mlops.api.routes import health, jobs, models, samples
-from mlops.api.schemas import Problem
-from mlops.api.security import Authenticator, Unauthenticated, authorise, check_access_table, require_safe_start
+from mlops.api.security import (
+    Authenticator,
+    Unauthenticated,
+    authorise,
+    check_access_table,
+    methods_of,
+    require_safe_start,
+    route_of,
+)
 from mlops.api.service import Service
 from mlops.api.settings import Settings
 
@@ -47,6 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         dependencies=[Depends(authorise), Depends(count_request)],
         separate_input_output_schemas=False,
+        generate_unique_id_function=operation_id,
     )
     app.state.settings = settings
     oidc = None
@@ -63,12 +71,13 @@ def create_app(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     app.add_exception_handler(Unauthenticated, refuse_key)
+    app.add_exception_handler(405, refuse_method)
     for room in (samples, jobs, models, health):
         app.include_router(room.router)
     app.get("/", include_in_schema=False)(page)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     check_access_table(app)
-    _describe(app)
+    describe(app, settings)
     _surround(app, settings)
     return app
 
@@ -89,6 +98,14 @@ async def refuse_key(request: Request, error: Exception) -> Response:
     return problem_response(error)
 
 
+async def refuse_method(request: Request, error: Exception) -> Response:
+    """Name all methods of the path; Starlette knows only those of the first route there."""
+    # What is mounted and the OpenAPI document leave no route; both are read.
+    methods = methods_of(route_of(request.scope)[1]) if "route" in request.scope else ["GET", "HEAD"]
+    allowed = ", ".join(methods)
+    return problem_response(problem(405, f"{request.method}: only {allowed} here", headers={"Allow": allowed}))
+
+
 async def page() -> FileResponse:
     """The page to generate and look at volumes."""
     return FileResponse(STATIC / "index.html")
@@ -107,26 +124,5 @@ def _surround(app: FastAPI, settings: Settings) -> None:
         )
     if settings.trusted_hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts, www_redirect=False)
+    app.add_middleware(PlainErrors)
     app.add_middleware(Observe, audit=AuditLog(settings.data_dir / "audit", settings.audit_max_mib))
-
-
-def _describe(app: FastAPI) -> None:
-    """Complete the OpenAPI document: problems as errors, how to log in."""
-    made = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = made()
-            components = schema.setdefault("components", {})
-            schemas = components.setdefault("schemas", {})
-            for name in ("HTTPValidationError", "ValidationError"):
-                schemas.pop(name, None)
-            schemas["Problem"] = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-            bearer = {"type": "http", "scheme": "bearer", "description": "An API key, or a token of the provider."}
-            components["securitySchemes"] = {"bearer": bearer}
-            for path, operations in schema["paths"].items():
-                for operation in operations.values():
-                    operation["security"] = [{"bearer": []}] if path.startswith("/v1/") else []
-        return app.openapi_schema or schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

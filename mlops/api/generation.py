@@ -169,6 +169,8 @@ class Generation:
             if len(tasks) > 1:  # one job must not take others with it
                 for task in tasks:
                     self._make([(owner, volume) for owner, volume in batch if owner is task])
+            elif not self.store.is_wanted(tasks[0].record.id):  # deleted, and its folder with it, under the writer
+                self._drop_unwanted()
             else:
                 self._fail(tasks[0], _said_to_caller(error), error)
 

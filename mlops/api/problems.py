@@ -5,7 +5,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlops.api.schemas import Problem
 
@@ -17,7 +19,6 @@ TITLES = {
     404: "Not found",
     405: "Method not allowed",
     408: "Request too slow",
-    409: "Conflict",
     413: "Body too large",
     415: "Not JSON",
     416: "No such range",
@@ -26,6 +27,35 @@ TITLES = {
     429: "Too many",
     500: "Our mistake",
     503: "Not ready",
+}
+
+
+# When it happens, for OpenAPI and docs/API.md.
+WHY = {
+    400: "The Host header is not one of this service's, the Range header is malformed, or the body is not UTF-8.",
+    401: "There is no key or token, or it is unknown, revoked or expired.",
+    403: "The role is not enough, the token names none, or a page of another origin asks.",
+    404: "There is no such job or file, it was removed, or it is somebody else's.",
+    408: "The body took too long to come.",
+    413: "The body is larger than the service takes.",
+    415: "The body is not said to be application/json.",
+    416: "The file has no such range.",
+    421: "Without keys the service answers its own machine only.",
+    422: "A field, header or parameter cannot be used; `errors` names it.",
+    429: "Too many requests, jobs or streams; come again after Retry-After seconds.",
+    503: "No model is loaded yet; keys, queue or provider cannot be asked; or the audit log cannot be written.",
+}
+
+
+def _header(description: str, kind: str, required: bool = True) -> dict[str, Any]:
+    return {"description": description, "required": required, "schema": {"type": kind}}
+
+
+HEADERS = {
+    401: {"WWW-Authenticate": _header("How to log in: Bearer.", "string")},
+    416: {"Content-Range": _header("Size of the file: `bytes */SIZE`.", "string")},
+    429: {"Retry-After": _header("Seconds.", "integer")},
+    503: {"Retry-After": _header("Seconds.", "integer", required=False)},
 }
 
 
@@ -69,8 +99,9 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error answers of a route, for OpenAPI."""
     return {
         status: {
-            "description": TITLES[status],
+            "description": f"{TITLES[status]}. {WHY[status]}",
             "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            "headers": HEADERS.get(status, {}),
         }
         for status in statuses
     }
@@ -91,7 +122,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _pydantics(request: Request, error: RequestValidationError) -> Response:
-        errors = [{"field": _path(e["loc"]), "message": e["msg"]} for e in error.errors()]
+        errors = [_field_error(e) for e in error.errors()]
         detail = "; ".join(f"{e['field']}: {e['message']}" for e in errors[:5])
         return problem_response(problem(422, detail, errors=errors))
 
@@ -99,6 +130,45 @@ def install(app: FastAPI) -> None:
     async def _unforeseen(request: Request, error: Exception) -> Response:
         # Starlette logs the traceback; the client learns nothing of our insides.
         return problem_response(problem(500, "the service failed; its log says why"))
+
+
+class PlainErrors:
+    """Makes problem documents of what Starlette refuses in plain text: hosts, origins and ranges.
+
+    Args:
+        app: what comes after.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused: Message | None = None
+        text = b""
+
+        async def unless_plain(message: Message) -> None:
+            nonlocal refused, text
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                refused = message if kind.startswith("text/plain") else None
+            if refused is None:
+                await send(message)
+            else:
+                text += message.get("body", b"")
+
+        await self.app(scope, receive, unless_plain)
+        if refused is not None:
+            status, headers = refused["status"], Headers(raw=refused["headers"])
+            kept = {name: value for name, value in headers.items() if name not in ("content-type", "content-length")}
+            detail = text.decode() or f"there is only {headers.get('content-range', '')}"
+            error = ProblemError(status, TITLES.get(status, "Error"), detail, headers=kept)
+            await problem_response(error)(scope, receive, send)
+
+
+def _field_error(error: dict[str, Any]) -> dict[str, str]:
+    if error["type"] == "json_invalid":  # its location ends with a position
+        return {"field": "body", "message": f"not JSON from character {error['loc'][-1]} on: {error['ctx']['error']}"}
+    return {"field": _path(error["loc"]), "message": str(error["msg"])}
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ldm3d.samplers import LARGEST_SEED
 from ldm3d.sections import SamplerName
@@ -12,8 +12,17 @@ JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 FINISHED: tuple[JobState, ...] = ("done", "failed", "cancelled")
 FileFormat = Literal["nii.gz", "nii"]
 
+EXAMPLE_ID = "01m80t02dd37j2sb08htke4xmw"
 JobId = Annotated[str, Field(pattern=r"^[0-9a-hjkmnp-tv-z]{26}$", description="Sorts by time of creation.")]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number: 2.0 is 2, and some clients write it so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
 
 
 class Wire(BaseModel):
@@ -23,12 +32,14 @@ class Wire(BaseModel):
 class SampleRequest(Wire):
     """What to generate. The same request gives the same bytes."""
 
-    num: Annotated[int, Field(ge=1, strict=True, description="Number of volumes.")] = 1
+    num: Annotated[int, Field(ge=1, strict=True, description="Number of volumes."), Whole] = 1
     seed: Annotated[
-        int, Field(ge=0, le=LARGEST_SEED, strict=True, description="The same seed gives the same volumes.")
+        int, Field(ge=0, le=LARGEST_SEED, strict=True, description="The same seed gives the same volumes."), Whole
     ] = 0
     steps: Annotated[
-        int | None, Field(ge=1, strict=True, description="Network evaluations for a volume; the model's default.")
+        int | None,
+        Field(ge=1, strict=True, description="Network evaluations for a volume; the model's default."),
+        Whole,
     ] = None
     scheduler: Annotated[SamplerName | None, Field(description="As far as the model's training allows.")] = None
     model: Annotated[ModelName | None, Field(description="Of `GET /v1/models`; the first one listed there.")] = None
@@ -74,6 +85,33 @@ class FileInfo(Wire):
     sha256: str
 
 
+EXAMPLE_JOB: dict[str, Any] = {
+    "id": EXAMPLE_ID,
+    "state": "running",
+    "created": "2026-11-22T10:30:00.416015Z",
+    "started": "2026-11-22T10:30:00.613681Z",
+    "finished": None,
+    "expires": None,
+    "place": None,
+    "progress": {"done": 1, "total": 4, "share": 0.31, "seconds_left": 20.3},
+    "error": None,
+    "request": {
+        "num": 4,
+        "seed": 7,
+        "steps": 30,
+        "scheduler": "rflow",
+        "model": "demo",
+        "format": "nii.gz",
+        "dtype": "float32",
+        "conditions": {},
+    },
+    "version": "1",
+    "assigned_by": "only",
+    "weights_sha256": {"autoencoder.safetensors": "8be59797...", "diffusion_unet.safetensors": "25d37ac6..."},
+    "files": [],
+}
+
+
 class Job(Wire):
     """A request on its way."""
 
@@ -91,6 +129,8 @@ class Job(Wire):
     assigned_by: Literal["only", "caller", "job"] = Field(description="How the version was chosen.")
     weights_sha256: dict[str, str] = Field(description="Digests of the weights' files.")
     files: list[FileInfo] = Field([], description="Under `/v1/jobs/{id}/files/`, once it is done.")
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_JOB]})
 
 
 class JobPage(Wire):
@@ -141,7 +181,11 @@ class Catalogue(Wire):
 class Me(Wire):
     id: str
     name: str
-    role: str = Field(description="viewer, operator or admin.")
+    role: Literal["viewer", "operator", "admin"]
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"id": "key:q3k9x0ab", "name": "scanner 2", "role": "operator"}]}
+    )
 
 
 class ReloadResult(Wire):
@@ -149,7 +193,11 @@ class ReloadResult(Wire):
 
     state: Literal["active", "failed", "pending"]
     versions: list[str] = Field(description="`model/version`, of what is served now.")
-    error: str | None = None
+    error: str | None = Field(None, description="Which version cannot be served, and why.")
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"state": "active", "versions": ["demo/1", "demo/2"], "error": None}]}
+    )
 
 
 class Health(Wire):
@@ -170,3 +218,17 @@ class Problem(BaseModel):
     detail: str
     instance: str | None = None
     errors: list[dict[str, Any]] = Field([], description="For each field at fault: `field`, a path, and `message`.")
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "about:blank",
+                    "title": "Cannot be used",
+                    "status": 422,
+                    "detail": "steps 5000: must be between 1 and 1000",
+                    "errors": [{"field": "steps", "message": "steps 5000: must be between 1 and 1000"}],
+                }
+            ]
+        }
+    )

@@ -160,6 +160,11 @@ def route_of(scope: Scope) -> tuple[str, str]:
     return _as_reading(scope["method"]), context.path_format
 
 
+def methods_of(template: str) -> list[str]:
+    """The methods that the route or routes of a template path answer."""
+    return sorted(method for method, path in ACCESS if path == template)
+
+
 def _as_reading(method: str) -> str:
     return "GET" if method == "HEAD" else method
 

@@ -38,6 +38,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     """Address to listen at. Another than loopback needs keys or OIDC."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen at; 0 for any that is free."""
     root_path: Annotated[str, Field(pattern=r"^(/[\w.~-]+)*$")] = ""
     """Path under which a proxy serves this service, `/brains`."""
     trusted_hosts: Annotated[list[str], NoDecode] = []
@@ -87,7 +88,7 @@ class Settings(BaseSettings):
     max_batch: PositiveInt = 4
     """Volumes that are sampled together."""
     memory_gib: PositiveFloat | None = None
-    """Memory for sampling and decoding; None for what is free when the worker starts."""
+    """Memory for sampling and decoding; empty for what is free when weights are loaded."""
     idle_minutes: NonNegativeFloat = 10
     """The worker gives the device back after this time without a job; 0 keeps it."""
     job_seconds: PositiveFloat = 3600

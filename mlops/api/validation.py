@@ -18,7 +18,7 @@ class FieldError(ValueError):
 
     def __init__(self, field: str, message: str):
         self.field, self.message = field, message
-        super().__init__(f"{field}: {message}")
+        super().__init__(message if message.startswith(f"{field} ") else f"{field}: {message}")
 
 
 def find_model(active: ActiveSet, name: str | None) -> ActiveModel:

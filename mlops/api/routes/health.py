@@ -17,13 +17,17 @@ router = APIRouter(tags=["health"])
 ServiceOf = Annotated[Service, Depends(service_of)]
 
 
-@router.get("/health", responses=documented(421))
+@router.get("/health", response_description="It lives.", responses=documented(400, 421))
 async def health() -> Health:
     """The process answers."""
     return Health()
 
 
-@router.get("/ready", responses={503: {"model": Readiness, "description": "It cannot work yet."}, **documented(421)})
+@router.get(
+    "/ready",
+    response_description="It can work.",
+    responses={503: {"model": Readiness, "description": "It cannot work yet."}, **documented(400, 421)},
+)
 def ready(response: Response, service: ServiceOf) -> Readiness:
     """Whether a request would be worked on: queue reachable, models known, weights loaded by a worker that lives."""
     checks = {"queue": _queue(service), "models": _models(service), "workers": _workers(service)}
@@ -52,8 +56,13 @@ def _workers(service: Service) -> str:
     return "ok" if states - {"starting"} else "starting" if states else "none lives"
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **documented(421)})
-def show_metrics(service: ServiceOf) -> Response:
+@router.get(
+    "/metrics",
+    response_class=Response,
+    response_description="The figures.",
+    responses={200: {"content": {"text/plain": {}}}, **documented(400, 421)},
+)
+def get_metrics(service: ServiceOf) -> Response:
     """All figures in Prometheus's text format."""
     _look_around(service)
     content, media_type = metrics.exposition()

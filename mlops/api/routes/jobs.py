@@ -2,25 +2,31 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from mlops.api.callers import Caller
 from mlops.api.problems import documented, problem
-from mlops.api.schemas import FINISHED, Job, JobId, JobPage
+from mlops.api.schemas import EXAMPLE_ID, FINISHED, Job, JobId, JobPage
 from mlops.api.service import Service, caller_of, service_of
 
 router = APIRouter(tags=["jobs"])
 POLL_SECONDS = 0.25
 
-PathId = Annotated[JobId, Path(description="Name of the job.")]
+PathId = Annotated[JobId, Path(description="Name of the job.", examples=[EXAMPLE_ID])]
 ServiceOf = Annotated[Service, Depends(service_of)]
 CallerOf = Annotated[Caller, Depends(caller_of)]
-FAILURES = documented(401, 403, 404, 421, 422, 429, 503)
+FAILURES = documented(400, 401, 403, 404, 421, 422, 429, 503)
+FILE_TYPES: dict[str, Any] = {
+    kind: {} for kind in ("application/gzip", "application/octet-stream", "application/json", "image/png")
+}
+# Starlette reads it; not a condition, so that a malformed one is a 400 as HTTP has it, not a 422.
+RANGES = {"pattern": r"^bytes=([0-9]+-[0-9]*|-[0-9]+)(, ?([0-9]+-[0-9]*|-[0-9]+))*$"}
+FILE_HEADERS = {"ETag": {"description": "SHA-256 of the file, in quotes.", "schema": {"type": "string"}}}
 
 
 def own_job(id: PathId, request: Request, service: ServiceOf, caller: CallerOf) -> Job:
@@ -38,12 +44,12 @@ async def one_stream(service: ServiceOf) -> AsyncIterator[None]:
 OwnJob = Annotated[Job, Depends(own_job)]
 
 
-@router.get("/v1/jobs", responses=documented(401, 403, 421, 422, 429, 503))
+@router.get("/v1/jobs", response_description="A page of jobs.", responses=documented(400, 401, 403, 421, 422, 429, 503))
 def list_jobs(
     service: ServiceOf,
     caller: CallerOf,
     limit: Annotated[int, Query(ge=1, le=100, description="Jobs on a page.")] = 20,
-    before: Annotated[JobId | None, Query(description="`next` of the page before.")] = None,
+    before: Annotated[JobId | None, Query(description="`next` of the page before.", examples=[EXAMPLE_ID])] = None,
 ) -> JobPage:
     """The caller's jobs, newest first."""
     names = service.store.of_caller(caller.id, before, limit + 1)
@@ -51,7 +57,7 @@ def list_jobs(
     return JobPage(jobs=jobs, next=names[limit - 1] if len(names) > limit else None)
 
 
-@router.get("/v1/jobs/{id}", responses=FAILURES)
+@router.get("/v1/jobs/{id}", response_description="The job.", responses=FAILURES)
 def get_job(job: OwnJob) -> Job:
     """State, place in the queue, progress and time left; the files, once it is done."""
     return job
@@ -62,7 +68,7 @@ def get_job(job: OwnJob) -> Job:
     response_class=EventSourceResponse,
     responses={200: {"description": "`progress` events on every change, then one `end`; data is the job."}, **FAILURES},
 )
-async def events(
+async def follow_job(
     job: OwnJob, service: ServiceOf, caller: CallerOf, _: Annotated[None, Depends(one_stream)]
 ) -> AsyncIterator[ServerSentEvent]:
     """The job as it goes on, as server-sent events."""
@@ -81,17 +87,27 @@ async def events(
     "/v1/jobs/{id}/files/{name}",
     response_class=FileResponse,
     responses={
-        200: {"content": {kind: {} for kind in ("application/gzip", "application/octet-stream", "image/png")}},
-        206: {"description": "The range that was asked for."},
+        200: {"description": "The whole file.", "headers": FILE_HEADERS, "content": FILE_TYPES},
+        206: {
+            "description": "The range that was asked for, or several as parts.",
+            "headers": FILE_HEADERS,
+            "content": {**FILE_TYPES, "multipart/byteranges": {}},
+        },
         **documented(400, 401, 403, 404, 416, 421, 422, 429, 503),
     },
 )
 def get_file(
     job: OwnJob,
     service: ServiceOf,
-    name: Annotated[str, Path(max_length=120, description="One of the job's `files`.")],
+    name: Annotated[str, Path(max_length=120, description="One of the job's `files`.", examples=["synimg_7_0.png"])],
+    range: Annotated[
+        str | None,
+        Header(
+            alias="Range", description="Parts of the file, in bytes.", examples=["bytes=0-99"], json_schema_extra=RANGES
+        ),
+    ] = None,
 ) -> FileResponse:
-    """A volume, its sidecar or its preview. Ranges are answered."""
+    """A volume, its sidecar or its preview, or a range of it."""
     found = next((file for file in job.files if file.name == name), None)
     path = service.store.file(job.id, name) if found else None
     if found is None or path is None or not path.is_file():
@@ -100,7 +116,12 @@ def get_file(
     return FileResponse(path, media_type=found.media_type, filename=found.name, headers=headers)
 
 
-@router.delete("/v1/jobs/{id}", status_code=204, responses=FAILURES)
+@router.delete(
+    "/v1/jobs/{id}",
+    status_code=204,
+    response_description="The job is gone.",
+    responses={**FAILURES, **documented(408, 413)},
+)
 def delete_job(job: OwnJob, service: ServiceOf) -> None:
     """Cancel the job if it waits or runs, and remove it with its files."""
     service.store.delete(job.id)

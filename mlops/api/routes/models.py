@@ -21,7 +21,7 @@ POLL_SECONDS = 0.1
 ServiceOf = Annotated[Service, Depends(service_of)]
 
 
-@router.get("/v1/models", responses=documented(401, 403, 421, 429, 503))
+@router.get("/v1/models", response_description="What is served.", responses=documented(400, 401, 403, 421, 429, 503))
 def list_models(service: ServiceOf) -> Catalogue:
     """Models and versions, what may be asked of each, and this service's limits."""
     settings = service.settings
@@ -30,20 +30,21 @@ def list_models(service: ServiceOf) -> Catalogue:
     return Catalogue(models=[model.info(settings, loaded) for model in service.active().models], limits=limits)
 
 
-@router.get("/v1/me", responses=documented(401, 403, 421, 429, 503))
-def me(caller: Annotated[Caller, Depends(caller_of)]) -> Me:
+@router.get("/v1/me", response_description="The caller.", responses=documented(400, 401, 403, 421, 429, 503))
+def who_am_i(caller: Annotated[Caller, Depends(caller_of)]) -> Me:
     """Who the caller is to this service."""
-    return Me(id=caller.id, name=caller.name, role=str(caller.role))
+    return Me.model_validate({"id": caller.id, "name": caller.name, "role": str(caller.role)})
 
 
 @router.post(
     "/v1/admin/reload",
+    response_description="The reload is over; `state` says how.",
     responses={
         202: {"model": ReloadResult, "description": "The worker is busy, and reloads when it is not."},
         **documented(400, 401, 403, 408, 413, 421, 429, 503),
     },
 )
-async def reload(response: Response, service: ServiceOf) -> ReloadResult:
+async def reload_models(response: Response, service: ServiceOf) -> ReloadResult:
     """Read `models.yaml` again. New versions are tried first; if one cannot be used, nothing changes."""
     try:
         name = await run_in_threadpool(service.ask_for_reload)

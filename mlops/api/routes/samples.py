@@ -19,17 +19,27 @@ LOCATION = {"Location": {"description": "Address of the job.", "schema": {"type"
 IdempotencyKey = Annotated[
     str | None,
     Header(
+        alias="Idempotency-Key",
         min_length=1,
         max_length=200,
         pattern=r"^[\x21-\x7e]+$",
         description="The same key and request within the retention time give the same job, not another one.",
+        examples=["study-12-seed-7"],
     ),
 ]
+
+
+def require_json(request: Request) -> None:
+    """Dependency: raises a `ProblemError` 415 for a body that is not said to be JSON, as `curl -d` alone says."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise problem(415, "send JSON, with the header Content-Type: application/json")
 
 
 @router.post(
     "/v1/samples",
     status_code=202,
+    dependencies=[Depends(require_json)],
     response_model=Job,
     responses={
         200: {"model": Job, "description": "Finished while the request waited.", "headers": LOCATION},
@@ -37,7 +47,7 @@ IdempotencyKey = Annotated[
         **documented(400, 401, 403, 408, 413, 415, 421, 422, 429, 503),
     },
 )
-async def create(
+async def create_job(
     asked: SampleRequest,
     request: Request,
     response: Response,
