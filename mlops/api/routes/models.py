@@ -23,7 +23,7 @@ ServiceOf = Annotated[Service, Depends(service_of)]
 
 
 @router.get("/v1/models", responses=documented(401, 403, 421, 429, 503))
-def list_models(service: ServiceOf) -> Catalogue:
+async def list_models(service: ServiceOf) -> Catalogue:
     """Models and versions, what may be asked of each, and this service's limits."""
     settings = service.settings
     loaded = {digest for worker in workers(settings.data_dir / "workers") for digest in worker.loaded}
@@ -32,7 +32,7 @@ def list_models(service: ServiceOf) -> Catalogue:
 
 
 @router.get("/v1/me", responses=documented(401, 403, 421, 429, 503))
-def me(caller: Annotated[Caller, Depends(caller_of)]) -> Me:
+async def me(caller: Annotated[Caller, Depends(caller_of)]) -> Me:
     """Who the caller is to this service."""
     return Me(id=caller.id, name=caller.name, role=str(caller.role))
 
