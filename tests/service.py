@@ -128,8 +128,10 @@ class Service:
         return next(word for word in made.stdout.split() if word.startswith("ldm3d_"))
 
     def workers(self) -> list[int]:
-        """Process numbers of the workers that say they live."""
-        return [int(path.name.split("-")[-2]) for path in (self.data / "workers").glob("[!.]*.json")]
+        """Process numbers of this service's workers."""
+        assert self.process
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(number) for task in tasks for number in task.read_text().split()]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal to the web process, and wait for it and its workers."""

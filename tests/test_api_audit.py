@@ -412,11 +412,13 @@ def test_kill_9_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
 
 def test_a_fork_does_not_share_its_parents_lock(tmp_path: Path) -> None:
     log = write(tmp_path, 1)
+    shared = os.fstat(log._lock), log._lock
     child = os.fork()
     if not child:
         for i in range(200):
             log.record("child", i)
-        os._exit(0)
+        same_file = os.path.samestat(os.fstat(log._lock), shared[0])
+        os._exit(0 if same_file and log._lock != shared[1] else 1)  # opened anew
     for i in range(200):
         log.record("parent", i)
     assert os.waitpid(child, 0)[1] == 0

@@ -270,7 +270,7 @@ def test_who_has_a_key_does_not_wait_for_a_slow_provider(
     verifier: OidcVerifier, provider: Provider, clock: Clock
 ) -> None:
     verifier.verify(provider.token())
-    clock.passed += module.REFRESH_SECONDS
+    clock.passed += module.KEYS_SECONDS + 1  # both would ask the provider
     provider.before_answer.clear()
     asked = len(provider.requests)
     slow = threading.Thread(target=lambda: status_of(verifier, provider.token(key_id="unknown")))
@@ -306,6 +306,13 @@ def test_a_provider_that_never_answers_is_given_up(
 )
 def test_a_discovery_document_of_another_is_not_followed(provider: Provider, discovery: dict[str, Any]) -> None:
     provider.discovery = discovery
+    assert status_of(OidcVerifier(provider.issuer, AUDIENCE, "roles"), provider.token()) == 503
+    assert "/keys" not in provider.requests
+
+
+def test_keys_are_not_fetched_without_tls_from_elsewhere(provider: Provider) -> None:
+    # An address that leads here, and is not called this machine's.
+    provider.discovery = {"jwks_uri": provider.issuer.replace("127.0.0.1", "0.0.0.0") + "/keys"}
     assert status_of(OidcVerifier(provider.issuer, AUDIENCE, "roles"), provider.token()) == 503
     assert "/keys" not in provider.requests
 

@@ -119,6 +119,12 @@ def test_the_document_shows_the_same_table() -> None:
     assert {role for _, _, role in rows} == {"open", *map(str, Role)}
 
 
+@pytest.mark.parametrize("document", ["docs/SECURITY.md", "mlops/docker/nginx.conf"])
+def test_settings_that_are_named_exist(document: str) -> None:
+    named = set(re.findall(r"\bLDM3D_(\w+)", (ROOT / document).read_text())) - {"DATA_DIR"}
+    assert named and {name.lower() for name in named} <= set(Settings.model_fields)
+
+
 @pytest.mark.parametrize(
     "header",
     [
@@ -312,7 +318,7 @@ def test_a_route_without_a_role_answers_500(settings: Settings, keys: KeyStore) 
     app.add_api_route("/v1/new", lambda: "secret")
     _, key = keys.create("some", "admin")
     answer = Client(app)("GET", "/v1/new", key)
-    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.status_code == 500 and answer.json()["title"] == "Route without a role"
 
 
 # ---------------------------------------------------------------- OIDC

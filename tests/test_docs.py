@@ -40,6 +40,7 @@ SOURCES = [
     *ROOT.glob("*.bat"),
     *ROOT.glob("*.py"),
     *ROOT.glob("ldm3d/*.py"),
+    *ROOT.glob("mlops/**/*.py"),
     *ROOT.glob("config/*.json"),
 ]
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

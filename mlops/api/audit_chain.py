@@ -43,8 +43,7 @@ def make_line(after: Link, content: dict[str, Any]) -> tuple[bytes, Link]:
     Only ASCII without control characters is written, whatever the content: everything else is escaped.
     """
     entry = {"seq": after.seq + 1, **content, "previous": after.hash}
-    # JSON lets DEL stand, which terminals act upon.
-    body = json.dumps(entry, separators=(",", ":")).replace("\x7f", "\\u007f").encode("ascii")[:-1]
+    body = json.dumps(entry, separators=(",", ":")).encode("ascii")[:-1]
     digest = hashlib.sha256(body).hexdigest()
     return body + b',"hash":"' + digest.encode() + b'"}\n', Link(after.seq + 1, digest)
 

@@ -16,7 +16,7 @@ from mlops.api.callers import Caller, Role
 from mlops.api.problems import ProblemError
 
 # Signatures by a private key alone. With `none` or HS256 anybody could sign: the public key is public.
-ALGORITHMS = {"RS256": "RSA", "PS256": "RSA", "ES256": "EC", "EdDSA": "OKP"}
+ALGORITHMS = ("RS256", "PS256", "ES256", "EdDSA")
 TIMEOUT_SECONDS = 5
 LARGEST_DOCUMENT_BYTES = 1 << 20
 LEEWAY_SECONDS = 30
@@ -65,7 +65,7 @@ class OidcVerifier:
             claims = self._claims(token)
         except jwt.ExpiredSignatureError as error:
             raise _refused("the token has expired") from error
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError) as error:
             raise _refused(f"the token is not valid: {type(error).__name__}") from error
         subject = claims["sub"]
         if not 1 <= len(subject) <= LONGEST_SUBJECT:
@@ -85,7 +85,7 @@ class OidcVerifier:
         if algorithm not in ALGORITHMS:
             raise jwt.InvalidAlgorithmError
         key = self._key(header.get("kid"))
-        if key.get("kty") != ALGORITHMS[algorithm] or key.get("alg", algorithm) != algorithm:
+        if key.get("alg", algorithm) != algorithm:
             raise jwt.InvalidAlgorithmError
         return jwt.decode(
             token,

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ldm3d.errors import UserError  # noqa: E402
+from ldm3d.errors import ConfigError, UserError  # noqa: E402
 from mlops.api.settings import Settings, load_settings  # noqa: E402
 
 EXIT_USER_ERROR = 2
@@ -139,7 +139,7 @@ def serve(settings: Settings) -> int:
         timeout_graceful_shutdown=10,
         log_level="warning",
     )
-    listener = config.bind_socket()
+    listener = listen(settings.host, settings.port)
     many_connections()
     refused = threading.Event()
     workers = Workers(settings.workers, refused)
@@ -157,6 +157,14 @@ def serve(settings: Settings) -> int:
     finally:
         workers.end()
     return EXIT_USER_ERROR if refused.is_set() else 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at this address. Raises `ConfigError` where it is taken, or is not this machine's."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
 
 
 def many_connections() -> None:
