@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from itertools import islice
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -17,17 +17,13 @@ from mlops.api.service import Service, caller_of, service_of
 
 router = APIRouter(tags=["jobs"])
 POLL_SECONDS = 0.25
+AT_ONCE_BYTES = 2**19
+"""A file up to this size is read at once, not in pieces that are a call into a thread each."""
 
 PathId = Annotated[JobId, Path(description="Name of the job.")]
 ServiceOf = Annotated[Service, Depends(service_of)]
 CallerOf = Annotated[Caller, Depends(caller_of)]
 FAILURES = documented(401, 403, 404, 421, 422, 429, 503)
-
-
-class JobFile(FileResponse):
-    """A file in larger pieces: each is a call into a thread, and a usual volume is one."""
-
-    chunk_size = 2**20
 
 
 async def own_job(id: PathId, request: Request, service: ServiceOf, caller: CallerOf) -> Job:
@@ -103,17 +99,21 @@ async def events(
 def get_file(
     job: OwnJob,
     service: ServiceOf,
+    request: Request,
     name: Annotated[str, Path(max_length=120, description="One of the job's `files`.")],
-) -> FileResponse:
+) -> Response:
     """A volume, its sidecar or its preview. Ranges are answered."""
     try:
         found = next(file for file in job.files if file.name == name)
         path = service.store.file(job.id, name)
         status = path.stat()
+        headers = {"ETag": f'"{found.sha256}"', "Cache-Control": "private, max-age=3600, immutable"}
+        answer = FileResponse(path, 200, headers, found.media_type, filename=found.name, stat_result=status)
+        if status.st_size <= AT_ONCE_BYTES and "range" not in request.headers:
+            return Response(path.read_bytes(), headers=dict(answer.headers))
     except (StopIteration, FileNotFoundError):
         raise problem(404, "this job has no such file") from None
-    headers = {"ETag": f'"{found.sha256}"', "Cache-Control": "private, max-age=3600, immutable"}
-    return JobFile(path, media_type=found.media_type, filename=found.name, headers=headers, stat_result=status)
+    return answer
 
 
 @router.delete("/v1/jobs/{id}", status_code=204, responses=FAILURES)
