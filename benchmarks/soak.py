@@ -35,7 +35,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=15, help="how long")
     args = parser.parse_args()
-    minutes = 0.25 if args.tiny else args.minutes
+    minutes = 0.15 if args.tiny else args.minutes
     with running(retention_minutes=RETENTION_MINUTES) as service:
         result = soak(service, 60 * minutes)
     print(table(result["readings"][:: max(1, len(result["readings"]) // 12)]))
