@@ -65,7 +65,7 @@ def read_outcome(path: Path) -> Outcome | None:
         return None
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _record(path: Path, changed: int) -> Record:
     return Record.model_validate_json(path.read_bytes())
 
