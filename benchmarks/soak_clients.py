@@ -41,7 +41,8 @@ class Findings:
             self.seconds[what].append(seconds)
         else:
             self.seconds[what][random.randrange(REMEMBERED)] = seconds
-        if answer.status_code >= 500:
+        # /ready says 503 for as long as no worker lives, which is after the kill.
+        if answer.status_code >= 500 and (what, answer.status_code) != ("/ready", 503):
             self.server_errors.append(f"{what}: {answer.status_code} {answer.text[:200]}")
         if answer.status_code == 429 and "retry-after" not in answer.headers:
             self.unannounced.append(what)

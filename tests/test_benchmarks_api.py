@@ -80,8 +80,9 @@ def test_a_soak_remembers_what_was_wrong() -> None:
     findings = Findings()
     for status, headers in ((200, {}), (503, {}), (429, {"Retry-After": "10"}), (429, {})):
         findings.answered("job", httpx.Response(status, headers=headers), 0.1)
+    findings.answered("/ready", httpx.Response(503), 0.1)
     assert len(findings.server_errors) == len(findings.unannounced) == 1
-    assert findings.counts == {"job: 200": 1, "job: 503": 1, "job: 429": 2}
+    assert findings.counts == {"job: 200": 1, "job: 503": 1, "job: 429": 2, "/ready: 503": 1}
     assert len(findings.problems()) == 2
     assert findings.percentiles()["job"] == {"p50": 100, "p99": 100}
 
