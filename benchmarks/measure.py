@@ -32,7 +32,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     name = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="where the result is written")
-    parser.add_argument("--tiny", action="store_true", help="smallest sizes: shows that it runs, measures nothing")
+    parser.add_argument(
+        "--tiny", "--quick", action="store_true", help="smallest sizes: shows that it runs, measures nothing"
+    )
     return parser
 
 

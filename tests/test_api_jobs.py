@@ -108,7 +108,7 @@ HOSTILE = ["../../x", "a/b", "\x00", "é" * 300, "x" * 5000, "..", ""]
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_name_of_a_caller_or_key_reaches_a_path(store: JobStore, tmp_path: Path, text: str) -> None:
     job, _ = store.accept(record(f"oidc:{text}"), text or "k")
-    assert store.of_caller(f"oidc:{text}", None, 10) == [job.id]
+    assert store.of_caller(f"oidc:{text}", None) == [job.id]
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert all(len(path.name) < 100 and path.name.isprintable() for path in tmp_path.rglob("*"))
 
@@ -134,7 +134,7 @@ def test_a_request_that_dies_before_its_job_is_kept_leaves_nothing_that_counts(
         with pytest.raises(KeyboardInterrupt):
             store.accept(job, "key")
     assert store.read(job.id) is None
-    assert store.of_caller("me", None, 10) == []
+    assert store.of_caller("me", None) == []
     assert recover(store, lambda worker: True) == []
     again, is_new = store.accept(record(), "key")
     assert is_new
@@ -190,7 +190,7 @@ def test_deleting_while_a_worker_writes_leaves_nothing(store: JobStore) -> None:
     assert not store.is_wanted(job.id)
     assert not end(store, job.id)  # the worker has written into the folder that was gone
     assert list(store.jobs.iterdir()) == []
-    assert store.of_caller("me", None, 10) == []
+    assert store.of_caller("me", None) == []
 
 
 def test_old_jobs_go_and_then_the_oldest_for_room(store: JobStore) -> None:
@@ -215,7 +215,7 @@ def test_pages_go_on_where_a_job_was_deleted(store: JobStore) -> None:
         made.append(job.id)
     newest_first = sorted(made, reverse=True)
     store.delete(newest_first[1])
-    assert store.of_caller("me", newest_first[0], 2) == newest_first[2:4]
+    assert store.of_caller("me", newest_first[0]) == newest_first[2:4]
 
 
 def test_files_that_cannot_be_read_are_no_jobs(store: JobStore) -> None:

@@ -20,7 +20,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from filelock import Timeout as LockTimeout
@@ -132,40 +134,26 @@ class JobStore:
             job_id: its name.
             place: gives its place in the queue.
         """
+        folder = self.folder(job_id)
+        with suppress(OSError):
+            return _ended(folder, (folder / "outcome.json").stat().st_mtime_ns, self.retention)
         record = self.record(job_id)
         if record is None:
             return None
-        outcome = self.outcome(job_id)
-        claim = read_json(self.folder(job_id) / "claim.json") if outcome is None else None
-        progress = read_json(self.folder(job_id) / "progress.json") if claim else None
-        facts = record.model_dump(include={"id", "created", "version", "assigned_by", "weights_sha256"})
-        started = claim["started"] if claim else None
-        if outcome:
-            return Job(
-                **facts,
-                request=record.request,
-                state=outcome.state,
-                started=outcome.started,
-                finished=outcome.finished,
-                expires=outcome.finished + self.retention,
-                error=outcome.error,
-                files=outcome.files,
-            )
+        claim = read_json(folder / "claim.json")
+        progress = read_json(folder / "progress.json") if claim else None
         return Job(
-            **facts,
-            request=record.request,
+            **_facts(record),
             state="running" if claim else "queued",
-            started=started,
+            started=claim["started"] if claim else None,
             place=None if claim else place(job_id),
             progress=Progress(**progress) if progress else None,
         )
 
-    def of_caller(self, caller_id: str, before: str | None, limit: int) -> list[str]:
-        """Names of a caller's jobs, newest first, older than `before`."""
-        folder = self._caller(caller_id) / "jobs"
-        names = sorted((name for name in _names(folder) if before is None or name < before), reverse=True)
-        found = (name for name in names if (self.folder(name) / "job.json").exists())
-        return [name for name, _ in zip(found, range(limit), strict=False)]
+    def of_caller(self, caller_id: str, before: str | None) -> list[str]:
+        """Names of a caller's jobs, newest first, older than `before`; some may be gone."""
+        names = _names(self._caller(caller_id) / "jobs")
+        return sorted((name for name in names if before is None or name < before), reverse=True)
 
     def unfinished_ids(self) -> list[str]:
         """Jobs that wait or run, in their order."""
@@ -267,6 +255,19 @@ class JobStore:
                 yield
         except LockTimeout:
             raise Refused("the service is busy; come again in a moment") from None
+
+
+@lru_cache(maxsize=1024)
+def _ended(folder: Path, changed: int, retention: timedelta) -> Job:
+    """A job that has ended, which never changes again. Raises `FileNotFoundError`."""
+    record, outcome = read_record(folder / "job.json"), read_outcome(folder / "outcome.json")
+    if record is None or outcome is None:
+        raise FileNotFoundError(folder)
+    return Job(**_facts(record), **dict(outcome), expires=outcome.finished + retention)
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    return record.model_dump(include={"id", "created", "request", "version", "assigned_by", "weights_sha256"})
 
 
 def _request_digest(record: Record) -> str:

@@ -65,12 +65,12 @@ def read_outcome(path: Path) -> Outcome | None:
         return None
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _record(path: Path, changed: int) -> Record:
     return Record.model_validate_json(path.read_bytes())
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)  # of 64 volumes it takes 100 KB
 def _outcome(path: Path, changed: int) -> Outcome:
     return Outcome.model_validate_json(path.read_bytes())
 

@@ -150,11 +150,11 @@ class Service:
             log.warning("job %s is kept, but %s", job_id, error)
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """Dependency: the parts of the web process."""
     return cast(Service, request.app.state.service)
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:
     """Dependency: who calls, on routes that are not open."""
     return cast(Caller, request.state.caller)

@@ -22,7 +22,7 @@ ServiceOf = Annotated[Service, Depends(service_of)]
 
 
 @router.get("/v1/models", response_description="What is served.", responses=documented(400, 401, 403, 421, 429, 503))
-def list_models(service: ServiceOf) -> Catalogue:
+async def list_models(service: ServiceOf) -> Catalogue:
     """Models and versions, what may be asked of each, and this service's limits."""
     settings = service.settings
     loaded = {digest for worker in workers(settings.data_dir / "workers") for digest in worker.loaded}
@@ -31,7 +31,7 @@ def list_models(service: ServiceOf) -> Catalogue:
 
 
 @router.get("/v1/me", response_description="The caller.", responses=documented(400, 401, 403, 421, 429, 503))
-def who_am_i(caller: Annotated[Caller, Depends(caller_of)]) -> Me:
+async def who_am_i(caller: Annotated[Caller, Depends(caller_of)]) -> Me:
     """Who the caller is to this service."""
     return Me.model_validate({"id": caller.id, "name": caller.name, "role": str(caller.role)})
 
