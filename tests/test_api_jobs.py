@@ -134,14 +134,16 @@ def test_a_request_that_dies_before_its_job_is_kept_leaves_nothing_that_counts(
         with pytest.raises(KeyboardInterrupt):
             store.accept(job, "key")
     assert store.read(job.id) is None
-    assert store.of_caller("me", None) == []
     assert recover(store, lambda worker: True) == []
     again, is_new = store.accept(record(), "key")
     assert is_new
-    for marker in store.unfinished.iterdir():
+    for marker in [*store.unfinished.iterdir(), *store.data_dir.glob("callers/*/*/*")]:
         os.utime(marker, (0, 0))
     assert recover(store, lambda worker: True) == [again.id]
     assert store.unfinished_ids() == [again.id]
+    expire(store)
+    assert store.of_caller("me", None) == [again.id]
+    assert store.accept(record(), "key") == (again, False)
 
 
 def test_a_full_disk_refuses_and_keeps_nothing(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:

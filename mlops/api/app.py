@@ -125,4 +125,4 @@ def _surround(app: FastAPI, settings: Settings) -> None:
     if settings.trusted_hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts, www_redirect=False)
     app.add_middleware(PlainErrors)
-    app.add_middleware(Observe, audit=AuditLog(settings.data_dir / "audit", settings.audit_max_mib))
+    app.add_middleware(Observe, audit=AuditLog(settings.audit_folder, settings.audit_max_mib))

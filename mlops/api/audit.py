@@ -233,7 +233,7 @@ def main() -> int:
     for command in (check, show):
         command.add_argument("--folder", type=Path, metavar="DIR", help="audit/ of the data folder by default")
     args = parser.parse_args()
-    folder = args.folder or load_settings().data_dir / "audit"
+    folder = args.folder or load_settings().audit_folder
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder")
     if args.command == "show":

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -97,6 +96,8 @@ class Settings(BaseSettings):
     """Worker processes that `api_server.py` starts beside the web process; 0 where they run elsewhere."""
     worker_metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port at which a worker that runs by itself serves its metrics; 0 for none."""
+    audit_dir: Path | None = None
+    """The audit log; `audit` in `data_dir` by default. Machines that share a data folder need one each."""
     audit_max_mib: PositiveFloat = 64
     """The audit log begins a new file beyond this size."""
 
@@ -114,9 +115,9 @@ class Settings(BaseSettings):
             raise ValueError("cors_origins: name the origins; * would let every page call the service")
         return self
 
-    @cached_property
-    def jobs_dir(self) -> Path:
-        return self.data_dir / "jobs"
+    @property
+    def audit_folder(self) -> Path:
+        return self.audit_dir or self.data_dir / "audit"
 
     @property
     def loopback_only(self) -> bool:

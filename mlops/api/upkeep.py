@@ -65,7 +65,7 @@ def expire(store: JobStore) -> int:
             room += size
     for trash in store.jobs.glob(".trash-*"):
         shutil.rmtree(trash, ignore_errors=True)
-    _forget_old_keys(store)
+    _forget_callers_of_gone_jobs(store)
     return store.max_disk_bytes - room
 
 
@@ -76,10 +76,11 @@ def _finished(store: JobStore) -> Iterator[tuple[str, Outcome]]:
             yield name, outcome
 
 
-def _forget_old_keys(store: JobStore) -> None:
-    """Idempotency keys live as long as their jobs."""
-    for file in (store.data_dir / "callers").glob("*/keys/*.json"):
-        content = read_json(file)
+def _forget_callers_of_gone_jobs(store: JobStore) -> None:
+    """Idempotency keys live as long as their jobs; so do a caller's marks."""
+    for file in (store.data_dir / "callers").glob("*/*/*"):
+        is_key = file.parent.name == "keys"
+        content = read_json(file) if is_key else {"job": file.name}
         gone = content is None or not (store.folder(content["job"]) / "job.json").exists()
         if gone and age_seconds(file) > SETTLED_SECONDS:
             file.unlink(missing_ok=True)
