@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import nibabel as nib
 import pytest
-from service import ROOT, Service, models_yaml, publish
+from service import ROOT, Service, models_yaml, publish, running
 from test_docs import FENCE, blocks, section
 
 from mlops.api import settings as settings_module
@@ -116,6 +117,15 @@ def test_a_download_goes_on(answers: list[str], folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["again.nii.gz", "brain.nii.gz", "brain.png"]
     assert len((folder / "brain.nii.gz").read_bytes()) > 1000
     assert (folder / "again.nii.gz").read_bytes() == (folder / "brain.nii.gz").read_bytes()
+
+
+def test_the_commands_of_the_readme_give_a_brain(tmp_path: Path) -> None:
+    """Without a key, as `make serve` starts it."""
+    (commands,) = (b.text for b in blocks((ROOT / "README.md").read_text()) if f"{ADDRESS}/v1/samples" in b.text)
+    with running(tmp_path) as service:
+        command = ["bash", "-euo", "pipefail", "-c", commands.replace(ADDRESS, service.url)]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    assert nib.load(tmp_path / "brain.nii.gz").shape == (16, 16, 16)
 
 
 def test_the_client_is_run_as_shown(service: Service, tmp_path: Path) -> None:
