@@ -206,3 +206,8 @@ def test_the_table_of_settings_is_that_of_the_code() -> None:
 def test_settings_that_are_named_exist() -> None:
     named = set(re.findall(rf"\b{PREFIX}\w+", TEXT))
     assert named == {PREFIX + name.upper() for name in Settings.model_fields}
+
+
+def test_the_tables_of_costs_are_what_was_measured() -> None:
+    shown = TEXT.split("<!-- service table -->\n")[1].split("\n<!-- /service table -->")[0]
+    assert shown == (ROOT / "benchmarks" / "results" / "api.md").read_text().rstrip()

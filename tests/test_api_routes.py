@@ -111,6 +111,16 @@ def test_whole_numbers_may_have_a_point(client: httpx.Client) -> None:
     assert (made["request"]["num"], made["request"]["seed"], made["request"]["steps"]) == (2, 7, 1)
 
 
+def test_head_is_get_without_its_body(client: httpx.Client, job: dict[str, Any]) -> None:
+    for path in ("/health", "/v1/jobs", f"/v1/jobs/{job['id']}/files/synimg_3_0.nii.gz", "/static/app.js"):
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert {name: head.headers[name] for name in ("content-type", "content-length")} == {
+            name: get.headers[name] for name in ("content-type", "content-length")
+        }
+    assert client.head("/v1/nothing").status_code == 404
+
+
 def test_formats(client: httpx.Client) -> None:
     asked = {"seed": 3, "steps": 4, "format": "nii", "dtype": "int16"}
     made = client.post("/v1/samples?wait=30", json=asked).json()

@@ -53,6 +53,8 @@ class Observe:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server leaves the body out
         request_id, started, status = secrets.token_hex(8), time.perf_counter(), 500
         scope.setdefault("state", {})["request_id"] = request_id
 
