@@ -80,7 +80,11 @@ class Service:
     def environment(self) -> dict[str, str]:
         ours = {f"LDM3D_{name.upper()}": str(value) for name, value in self.settings.items()}
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("LDM3D_", "PROMETHEUS_"))}
-        return kept | ours | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        return (
+            kept
+            | ours
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        )
 
     def start(self, wait: bool = True) -> "Service":
         with open(self.folder / "log.txt", "ab") as log:

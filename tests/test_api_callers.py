@@ -22,7 +22,7 @@ ROLES = ("viewer", "operator", "admin")
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("callers")
-    service = Service(folder, max_jobs_per_caller=2, max_queue=3, request_seconds=3, max_streams=2)
+    service = Service(folder, max_jobs_per_caller=2, max_queue=3, request_seconds=3, max_streams=4)
     service.key = service.make_key("admin", "chief")
     with running_with(service) as started:
         yield started
@@ -129,6 +129,11 @@ def test_only_so_many_streams_at_once(service: Service, operator: httpx.Client) 
         assert (first.status_code, second.status_code) == (200, 200)
         refused = operator.get(address)
         assert (refused.status_code, "retry-after" in refused.headers) == (429, True)
+        before = [job["id"] for job in operator.get("/v1/jobs").json()["jobs"]]
+        assert operator.post("/v1/samples?wait=1", json={"steps": 1}).status_code == 429
+        assert [job["id"] for job in operator.get("/v1/jobs").json()["jobs"]] == before  # who is refused has no job
+        with service.client(service.make_key("operator", "another")) as other:  # who is not kept out
+            assert other.post("/v1/samples?wait=0.2", json={"steps": 1}).status_code == 202
     until(
         lambda: operator.post("/v1/samples?wait=0.2", json={"steps": 1}).status_code == 202,
         "streams are given back",

@@ -14,7 +14,7 @@ from service import publish
 
 from ldm3d.errors import OutputError
 from ldm3d.sampling import Sampler
-from mlops.api import generation
+from mlops.api import generation, jobs
 from mlops.api.generation import Generation
 from mlops.api.jobs import JobStore
 from mlops.api.models import Models
@@ -71,6 +71,10 @@ def failing(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, when: Callable[[l
         return real(volumes, *args)
 
     monkeypatch.setattr(sampler, "sample_volumes", sample_volumes)
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_one_bad_job_takes_no_other_with_it(
@@ -204,3 +208,80 @@ def test_a_batch_is_as_large_as_the_memory_allows(weights: Path, capsys: pytest.
     started = time.monotonic()
     assert models.get("tiny")[1] == batch
     assert time.monotonic() - started < 30
+
+
+def test_what_one_job_cannot_write_fails_no_other(
+    store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = accept(store, seed=1), accept(store, seed=2)
+    real = generation.write_sample
+
+    def write_sample(path: Path, *args: Any) -> None:
+        if "_2_" in path.name:
+            raise OutputError("no room")
+        real(path, *args)
+
+    monkeypatch.setattr(generation, "write_sample", write_sample)
+    run(store, sampler, first)
+    assert [seen(store, job).state for job in (first, second)] == ["done", "failed"]
+
+
+def test_a_job_that_is_deleted_while_its_files_are_read_ends_no_worker(
+    store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = accept(store, seed=1), accept(store, seed=2)
+    real = generation.sha256
+
+    def sha256(path: Path) -> str:
+        if "_1_" in path.name:
+            store.delete(first.id)
+        return real(path)
+
+    monkeypatch.setattr(generation, "sha256", sha256)
+    run(store, sampler, first)
+    assert seen(store, second).state == "done"
+    assert [path.name for path in store.jobs.iterdir()] == [second.id]
+
+
+def test_jobs_of_one_kind_that_come_without_end_keep_no_worker_from_its_other_work(
+    store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "PATIENCE_SECONDS", 0.2)
+    asked = [accept(store, seed=seed, num=3) for seed in range(2)]
+    end = time.monotonic() + 20
+
+    def another(ids: list[Any]) -> None:
+        if time.monotonic() < end:
+            asked.append(accept(store, seed=len(asked), num=3, steps=1))
+
+    store.max_queue = store.max_jobs_per_caller = 10_000
+    failing(sampler, monkeypatch, another)
+    run(store, sampler, asked[0])
+    assert time.monotonic() < end
+    assert seen(store, asked[-1]).state == "queued"
+
+
+def test_a_job_that_cannot_be_ended_waits_with_its_volumes(
+    store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = accept(store, num=2)
+    claimed = store.claim(job.id, "worker")
+    assert claimed
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(jobs, "create_once", full)
+        Generation(store, "worker", sampler, 4, 60, lambda: False).run(claimed)
+    assert seen(store, job).state == "queued"
+    made: list[Any] = []
+    failing(sampler, monkeypatch, made.extend)
+    run(store, sampler, job)
+    assert (seen(store, job).state, len(seen(store, job).files), made) == ("done", 6, [])
+
+
+def test_progress_that_cannot_be_written_fails_no_job(
+    store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "REPORT_SECONDS", 0)
+    job = accept(store)
+    (store.folder(job.id) / "progress.tmp").mkdir()  # stands in the way
+    run(store, sampler, job)
+    assert seen(store, job).state == "done"

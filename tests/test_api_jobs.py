@@ -233,3 +233,55 @@ def test_the_queue_gives_names_in_order_and_urgent_ones_first(tmp_path: Path) ->
         queue.put(str(name), *map(int, priority))
     assert other.names() == {"late", "a", "b", "urgent"}
     assert [other.get(), queue.get(), other.get(), queue.get(), other.get()] == ["urgent", "a", "b", "late", None]
+
+
+def test_a_full_disk_keeps_nobody_from_making_room(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ended, waiting = store.accept(record())[0], store.accept(record())[0]
+    end(store, ended.id, finished=datetime.now(UTC) - 2 * DAY)
+    monkeypatch.setattr(os, "fsync", full)
+    expire(store)
+    store.delete(waiting.id)
+    assert list(store.jobs.iterdir()) == []
+    with pytest.raises((OutputError, OSError)):
+        store.accept(record())
+    assert store.unfinished_ids() == []  # what could not be kept takes nobody's place
+
+
+def test_a_lost_mark_loses_no_job_and_nothing_is_left_of_what_is_none(store: JobStore) -> None:
+    job, _ = store.accept(record())
+    (store.unfinished / job.id).unlink()
+    left = store.work_folder(new_job_id())
+    left.mkdir(parents=True)
+    os.utime(left.parent, (0, 0))
+    expire(store)
+    assert recover(store, lambda worker: True) == [job.id]
+    assert [path.name for path in store.jobs.iterdir()] == [job.id]
+
+
+def test_a_worker_that_finds_another_at_order_goes_on(store: JobStore) -> None:
+    job, _ = store.accept(record())
+    with store.locked(store.data_dir / ".recovery.lock"):
+        assert recover(store, lambda worker: True) == [job.id]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "../jobs", "", "x" * 5000])
+def test_names_from_the_queue_that_are_none(store: JobStore, name: str) -> None:
+    assert store.claim(name, "worker") is None
+
+
+def test_shadows_cost_nobody_a_place(store: JobStore) -> None:
+    for _ in range(5):
+        store.accept_shadow(record(shadow_of="x"))
+    assert store.accept(record())[1]
+
+
+def test_an_idempotency_key_stands_for_what_was_asked(store: JobStore) -> None:
+    """Not for what that comes to: a retry may be given another version, which has other defaults."""
+    first, _ = store.accept(record(), "key", "{}")
+    assert store.accept(record(request={"steps": 9}), "key", "{}") == (first, False)
+    assert store.asked_before("me", "key", "{}") == first
+    with pytest.raises(KeyReused):
+        store.asked_before("me", "key", '{"steps":9}')

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import tiny
 from PIL import Image
 from scripts import Desk
-from service import Service, finished, models_yaml, running
+from service import Service, finished, models_yaml, running, until
 
 from ldm3d.sampling import Sampler
 
@@ -293,6 +294,26 @@ def test_a_body_that_is_too_large(client: httpx.Client) -> None:
             yield b" " * 10_000
 
     problem_of(client.post("/v1/samples", content=parts(), headers={"Content-Type": "application/json"}), 413)
+
+
+def test_a_job_that_is_deleted_while_its_request_waits_is_cancelled(service: Service, client: httpx.Client) -> None:
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        with service.client() as other:
+            answers.append(other.post("/v1/samples?wait=30", json={"num": 8, "seed": 4711, "steps": 50}))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+
+    def asked() -> str | None:
+        jobs = client.get("/v1/jobs").json()["jobs"]
+        return next((job["id"] for job in jobs if job["request"]["seed"] == 4711), None)
+
+    name = until(asked, "it is accepted")
+    client.delete(f"/v1/jobs/{name}")
+    asking.join()
+    assert (answers[0].status_code, answers[0].json()["state"], answers[0].json()["id"]) == (200, "cancelled", name)
 
 
 def test_waiting_has_a_limit(client: httpx.Client) -> None:

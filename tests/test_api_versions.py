@@ -1,6 +1,5 @@
 """Several versions of a model: shares, shadows, and swapping them while requests come."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,16 @@ import pytest
 from service import Service, finished, models_yaml, publish, running, until
 
 from ldm3d.cards import UNET
+from mlops.api.queue import RELOAD, URGENT, Queue
+from mlops.api.records import new_job_id
+
+FATAL_TRIAL = """
+import os, sys
+if "-m" in sys.orig_argv and "mlops.api.worker" in sys.orig_argv:
+    sys.path.insert(0, os.getcwd())
+    from mlops.api.models import Models
+    Models.try_out = lambda *_: os._exit(137)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -174,4 +183,51 @@ def test_a_shadow_works_unseen(tmp_path: Path, weights: dict[str, str]) -> None:
         assert len(client.get("/v1/jobs").json()["jobs"]) == 3
         folders = until(lambda: len(list((service.data / "jobs").iterdir())) == 3, "its volumes are gone")
         assert folders
-        assert json.loads((service.data / "reload.json").read_text())["error"] is None
+        assert "models were not changed" not in service.log()
+
+
+def test_weights_that_end_the_worker_which_tries_them_replace_nothing(service: Service, tmp_path: Path) -> None:
+    """As for want of memory: the next worker must not try them at its start, and end too, for ever."""
+    publish(tmp_path / "fatal", 9)
+    models_yaml(service.models_file, {"2": {"weights": str(tmp_path / "fatal")}})
+    service.stop()
+    (site := tmp_path / "site").mkdir()
+    (site / "sitecustomize.py").write_text(FATAL_TRIAL)
+    os.environ["PYTHONPATH"] = str(site)
+    try:
+        service.start()
+    finally:
+        del os.environ["PYTHONPATH"]
+    with service.client() as client:
+        assert made_by(client) == "1"
+        assert "a worker has died of trying the weights" in service.log()
+        deaths = service.log().count("a worker has ended")
+        reloaded = client.post("/v1/admin/reload").json()  # whoever asks has them tried again
+        assert (reloaded["state"], reloaded["versions"]) == ("failed", ["tiny/1"])
+        assert "a worker has died" in reloaded["error"]
+        assert service.log().count("a worker has ended") == deaths + 1 == 2
+        until(lambda: client.get("/ready").status_code == 200, "a worker is there")
+        assert made_by(client) == "1"
+
+
+def test_a_damaged_active_set_is_replaced(service: Service) -> None:
+    (service.data / "active.json").write_text("{")
+    with service.client() as client:
+        assert client.get("/ready").json()["checks"]["models"] == "what is served cannot be read"
+        assert client.post("/v1/samples", json={}).status_code == 503
+        assert client.post("/v1/admin/reload").json()["state"] == "active"
+        assert made_by(client) == "1"
+
+
+def test_a_storm_of_wishes_is_one_reload(service: Service) -> None:
+    with service.client() as client:
+        job = client.post("/v1/samples", json={"num": 20, "steps": 50}).json()["id"]
+        until(lambda: client.get(f"/v1/jobs/{job}").json()["state"] == "running", "the worker is busy")
+        before = service.log().count("serving ")
+        queue = Queue("", service.data / "queue.sqlite")
+        for _ in range(20):
+            queue.put(RELOAD + new_job_id(), URGENT)
+        client.delete(f"/v1/jobs/{job}")
+        until(lambda: service.log().count("serving ") > before, "it is reloaded")
+        assert made_by(client) == "1"
+        assert service.log().count("serving ") == before + 1

@@ -143,3 +143,18 @@ def test_a_mode_that_is_given_holds_whatever_the_umask(tmp_path: Path, umask: in
     assert stat.S_IMODE((tmp_path / "secret.json").stat().st_mode) == 0o600
     write_text(tmp_path / "plain.json", "{}")
     assert stat.S_IMODE((tmp_path / "plain.json").stat().st_mode) == 0o666 & ~umask
+
+
+def test_threads_that_write_at_once_leave_the_umask_alone(tmp_path: Path, umask: int) -> None:
+    """Asking for it by setting it, two threads would leave it at 0 for good: files for everybody to write."""
+    before, asked = os.umask, []
+
+    def counted(mask: int) -> int:
+        asked.append(mask)
+        return before(mask)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "umask", counted)
+        write_text(tmp_path / "file.txt", "x")
+    assert asked == []
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o666 & ~umask

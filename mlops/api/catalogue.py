@@ -17,8 +17,9 @@ from ldm3d.samplers import choose_sampler
 from ldm3d.sections import SAMPLERS, DdpmSchedule, RFlowSchedule, SamplerName
 from mlops.api import schemas
 from mlops.api.models_file import ModelEntry, read_models
+from mlops.api.records import flush_folder
 from mlops.api.settings import Settings
-from mlops.api.weights_store import StoredVersion, flush_folder, store, store_dir, touch
+from mlops.api.weights_store import StoredVersion, store, store_dir, touch
 
 BUCKETS = 10_000
 

@@ -1,6 +1,6 @@
-"""Connections that send their request too slowly, or headers without end, are closed.
+"""Connections that send their request too slowly, or headers without end, or read no answer, are closed.
 
-Uvicorn bounds neither with its fast parser. Bodies are bounded by `mlops.api.limits.RequestLimits`.
+Uvicorn bounds none of them with its fast parser. Bodies are bounded by `mlops.api.limits.RequestLimits`.
 """
 
 from asyncio import TimerHandle, Transport
@@ -9,12 +9,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 10.0
 HEADER_BYTES = 32 * 1024
+READ_SECONDS = 60.0
+"""A client takes nothing of its answer for at most so long."""
 
 
 class GuardedProtocol(HttpToolsProtocol):
     """One connection. A client that does not get its headers across in time, or sends too many, loses it."""
 
     _timer: TimerHandle | None = None
+    _unread: TimerHandle | None = None
     _in_headers = True
     _header_bytes = 0
 
@@ -34,13 +37,28 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self._in_headers:  # the next request on a connection that is kept
             self._await_headers()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:
+            super().on_header(name, value)
+        else:  # behind a body in pieces: nobody needs them, and they would pile up without end
+            self.transport.abort()
+
     def on_headers_complete(self) -> None:
         self._in_headers, self._header_bytes = False, 0
         self._no_timer()
         super().on_headers_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._all_is_read()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._no_timer()
+        self._all_is_read()
         super().connection_lost(exc)
 
     def _await_headers(self) -> None:
@@ -52,3 +70,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _all_is_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None

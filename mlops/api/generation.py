@@ -23,7 +23,7 @@ from mlops.api.schemas import FileInfo, Progress
 
 REPORT_SECONDS = 0.2
 PATIENCE_SECONDS = 10.0
-"""So long may jobs of one kind overtake a job of another kind that waits."""
+"""So long may jobs of one kind be taken together: then other kinds, reloads and tidying have their turn."""
 MEDIA_TYPES = {".gz": "application/gzip", ".nii": "application/octet-stream", ".json": "application/json"}
 
 
@@ -136,14 +136,14 @@ class Generation:
         return ((task, volume) for task in self.tasks for volume in task.missing)
 
     def _take_compatible(self) -> None:
+        if time.monotonic() - self._began > PATIENCE_SECONDS:
+            return
         wanted = kind(self.tasks[0].record)
         missing = sum(len(task.missing) for task in self.tasks)
         for name in self.store.waiting_ids():
             if missing >= self.max_batch:
                 return
             waiting = self.store.record(name)
-            if waiting and kind(waiting) != wanted and time.monotonic() - self._began > PATIENCE_SECONDS:
-                return
             if waiting and kind(waiting) == wanted and (record := self.store.claim(name, self.worker)):
                 self._begin(record)
                 missing += len(self.tasks[-1].missing)
@@ -167,8 +167,10 @@ class Generation:
             raise
         except Exception as error:
             if len(tasks) > 1:  # one job must not take others with it
-                for task in tasks:
-                    self._make([(owner, volume) for owner, volume in batch if owner is task])
+                for task in tasks:  # what of it was written before the error is there
+                    missing = [(owner, volume) for owner, volume in batch if owner is task and volume in task.missing]
+                    if missing:
+                        self._make(missing)
             elif not self.store.is_wanted(tasks[0].record.id):  # deleted, and its folder with it, under the writer
                 self._drop_unwanted()
             else:
@@ -221,18 +223,24 @@ class Generation:
 
     def _end_complete(self) -> None:
         for task in list(self.tasks):
-            if not task.missing:
+            if task.missing:
+                continue
+            try:
                 files = [_described(path) for path in sorted(task.folder.iterdir()) if not path.name.startswith(".")]
                 self._end(task, Outcome(state="done", started=task.started, finished=datetime.now(UTC), files=files))
+            except FileNotFoundError:
+                if self.store.is_wanted(task.record.id):
+                    raise
+                self._drop_unwanted()  # deleted, and its folder with it, under the reader
 
     def _fail(self, task: Task, said: str, error: Exception | None = None) -> None:
         log(f"warning: job {task.record.id} failed: {said}{f' ({error!r})' if error else ''}")
         self._end(task, Outcome(state="failed", started=task.started, finished=datetime.now(UTC), error=said))
 
     def _end(self, task: Task, outcome: Outcome) -> None:
-        self.tasks.remove(task)
         record = task.record
         self.store.finish(record.id, outcome)
+        self.tasks.remove(task)  # not before: a job that could not be ended is given back
         labels = (record.request.model, record.version)
         metrics.JOBS_ENDED.labels(*labels, _is_shadow(record), outcome.state).inc()
         if outcome.state == "done" and not record.shadow_of:

@@ -16,6 +16,7 @@ locks are needed: a local file system or NFS).
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,10 +28,22 @@ from typing import Any
 from filelock import FileLock
 from filelock import Timeout as LockTimeout
 
+from ldm3d.errors import OutputError
 from ldm3d.files import write_text
-from mlops.api.records import Outcome, Record, create_once, digest, read_json, read_outcome, read_record
+from mlops.api.records import (
+    Outcome,
+    Record,
+    create_once,
+    digest,
+    flush_folder,
+    read_json,
+    read_outcome,
+    read_record,
+)
 from mlops.api.schemas import Job, Progress
 from mlops.api.settings import Settings
+
+JOB_NAME = re.compile("[0-9a-hjkmnp-tv-z]{26}")
 
 
 class Refused(Exception):
@@ -64,12 +77,17 @@ class JobStore:
 
     # Accepting.
 
-    def accept(self, record: Record, key: str | None = None) -> tuple[Record, bool]:
+    def asked_before(self, caller_id: str, key: str, request: str) -> Record | None:
+        """The job that the caller got with this idempotency key. Raises `KeyReused` for another request."""
+        return self._used(self._caller(caller_id), key, request)
+
+    def accept(self, record: Record, key: str | None = None, request: str | None = None) -> tuple[Record, bool]:
         """Keep a job for good.
 
         Args:
             record: the job.
             key: the caller's idempotency key.
+            request: what was asked, if that is not the job's request: what it comes to differs from version to version.
 
         Returns:
             The job that the caller has now, and whether it is a new one.
@@ -79,41 +97,49 @@ class JobStore:
             KeyReused: the key was used for another request.
             OutputError: the disk is full or cannot be written to.
         """
-        caller = self._caller(record.caller)
+        caller, request = self._caller(record.caller), request or record.request.model_dump_json()
         with self.locked(caller / ".lock"):
-            if key is not None and (before := self._used(caller, key, record)):
+            if key is not None and (before := self._used(caller, key, request)):
                 return before, False
             self._require_room(caller, record)
             if key is not None:
-                content = {"job": record.id, "request": _request_digest(record)}
+                content = {"job": record.id, "request": digest(request)}
                 write_text(self._key_file(caller, key), json.dumps(content))
             (caller / "jobs" / record.id).touch()
-            (self.unfinished / record.id).touch()
-            # The job is there from here on. Of what is before, a crash leaves markers that mean nothing.
-            write_text(self.folder(record.id) / "job.json", record.model_dump_json())
+            self._keep(record)
         return record, True
 
     def accept_shadow(self, record: Record) -> None:
         """Keep a job that repeats another one. It counts for no caller."""
-        (self.unfinished / record.id).touch()
-        write_text(self.folder(record.id) / "job.json", record.model_dump_json())
+        self._keep(record)
 
-    def _used(self, caller: Path, key: str, record: Record) -> Record | None:
+    def _keep(self, record: Record) -> None:
+        """The job is there from its last file on. Of what is before, a crash leaves markers that mean nothing."""
+        (self.unfinished / record.id).touch()
+        try:
+            write_text(self.folder(record.id) / "job.json", record.model_dump_json())
+            for folder in (self.unfinished, self.folder(record.id), self.jobs):
+                flush_folder(folder)
+        except (OSError, OutputError):
+            self.delete(record.id)
+            raise
+
+    def _used(self, caller: Path, key: str, request: str) -> Record | None:
         content = read_json(self._key_file(caller, key))
         before = self.record(content["job"]) if content else None
-        if before and content and content["request"] != _request_digest(record):
+        if before and content and content["request"] != digest(request):
             raise KeyReused("this Idempotency-Key was used for another request; take a new key for a new request")
         return before
 
     def _require_room(self, caller: Path, record: Record) -> None:
-        unfinished = self.unfinished_ids()
+        records = [record for record in map(self.record, self.unfinished_ids()) if record]
+        unfinished = [record.id for record in records if not record.shadow_of]  # shadows cost nobody a place
         if len(unfinished) >= self.max_queue:
             raise Refused(f"{len(unfinished)} jobs wait or run, which is all that this service takes")
         own = set(unfinished) & set(_names(caller / "jobs"))
         if len(own) >= self.max_jobs_per_caller:
             raise Refused(f"you have {len(own)} jobs that wait or run, which is all that one caller may have")
-        records = [self.record(name) for name in unfinished]
-        promised = sum(r.result_bytes for r in records if r) + record.result_bytes
+        promised = sum(r.result_bytes for r in records) + record.result_bytes
         if promised > self.max_disk_bytes:
             raise Refused("the results of the jobs that wait would not fit on this service's disk")
 
@@ -177,7 +203,7 @@ class JobStore:
 
     def claim(self, job_id: str, worker: str) -> Record | None:
         """Take a job that waits; None if it is gone, finished, or another worker was faster."""
-        record = self.record(job_id)
+        record = self.record(job_id) if JOB_NAME.fullmatch(job_id) else None  # it comes from the queue
         if record is None or not self._waits(job_id):
             return None
         content = json.dumps({"worker": worker, "started": datetime.now(UTC).isoformat()})
@@ -191,10 +217,10 @@ class JobStore:
         return self.folder(job_id) / "work"
 
     def report(self, job_id: str, progress: Progress) -> None:
-        """Say how far a job is. Nothing is flushed: after a crash it begins anew."""
+        """Say how far a job is. Nothing is flushed: after a crash it begins anew; nothing is lost on a full disk."""
         path = self.folder(job_id) / "progress.json"
         temporary = path.with_suffix(".tmp")
-        with suppress(FileNotFoundError):  # the job was deleted
+        with suppress(OSError):  # the job was deleted, or the disk is full
             temporary.write_text(progress.model_dump_json())
             temporary.replace(path)
 
@@ -206,13 +232,26 @@ class JobStore:
     def finish(self, job_id: str, outcome: Outcome) -> bool:
         """End a job; False if it has ended before, or is gone. A job that is done has its files in `work`."""
         folder = self.folder(job_id)
-        if not (folder / "job.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what a worker has written after it was deleted
-            return False
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            if (folder / "job.json").exists():
+                return self._finish(job_id, folder, outcome)
+        if (folder / "job.json").exists():
+            raise FileNotFoundError(folder / "work")
+        shutil.rmtree(folder, ignore_errors=True)  # what a worker has written after it was deleted
+        return False
+
+    def _finish(self, job_id: str, folder: Path, outcome: Outcome) -> bool:
         if outcome.state == "done" and not (folder / "outcome.json").exists():
             shutil.rmtree(folder / "files", ignore_errors=True)
+            flush_folder(folder / "work")
             (folder / "work").rename(folder / "files")
-        first = create_once(folder / "outcome.json", outcome.model_dump_json())
+        try:
+            first = create_once(folder / "outcome.json", outcome.model_dump_json())
+            flush_folder(folder)
+        except OSError:  # the disk is full: the volumes are kept for whoever ends the job
+            with suppress(OSError):
+                (folder / "files").rename(folder / "work")
+            raise
         (self.unfinished / job_id).unlink(missing_ok=True)
         shutil.rmtree(folder / "work", ignore_errors=True)
         return first
@@ -224,9 +263,10 @@ class JobStore:
         folder = self.folder(job_id)
         record = self.record(job_id)
         if record is not None:
-            create_once(
-                folder / "outcome.json", Outcome(state="cancelled", finished=datetime.now(UTC)).model_dump_json()
-            )
+            with suppress(OSError):  # a full disk is no reason to keep what takes its room
+                create_once(
+                    folder / "outcome.json", Outcome(state="cancelled", finished=datetime.now(UTC)).model_dump_json()
+                )
             (self._caller(record.caller) / "jobs" / job_id).unlink(missing_ok=True)
         (self.unfinished / job_id).unlink(missing_ok=True)
         trash = self.jobs / f".trash-{job_id}"
@@ -266,12 +306,13 @@ def _ended(folder: Path, changed: int, retention: timedelta) -> Job:
     return Job(**_facts(record), **dict(outcome), expires=outcome.finished + retention)
 
 
+def cancelled(record: Record) -> Job:
+    """What is to be said of a job that is gone."""
+    return Job(**_facts(record), state="cancelled")
+
+
 def _facts(record: Record) -> dict[str, Any]:
     return record.model_dump(include={"id", "created", "request", "version", "assigned_by", "weights_sha256"})
-
-
-def _request_digest(record: Record) -> str:
-    return digest(record.request.model_dump_json())
 
 
 def _names(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,28 +69,25 @@ class Streams:
     """Requests that wait and event streams: each holds a connection, so there are only so many.
 
     Args:
-        most: at once.
+        most: at once. One caller may have half of them.
     """
 
     def __init__(self, most: int):
-        self.most, self.open = most, 0
+        self.most = most
+        self._open: Counter[str] = Counter()
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def one(self, caller_id: str) -> Iterator[None]:
         """Raises a `ProblemError` 429 where there are too many."""
-        self.enter()
+        if (count := self._open.total()) >= self.most:
+            raise too_many(f"{count} clients wait or listen already, which is all that this service takes")
+        if (own := self._open[caller_id]) >= max(1, self.most // 2):
+            raise too_many(f"you wait or listen {own} times already, which is all that one caller may")
+        self._open[caller_id] += 1
         try:
             yield
         finally:
-            self.leave()
-
-    def enter(self) -> None:
-        if self.open >= self.most:
-            raise too_many(f"{self.open} clients wait or listen already, which is all that this service takes")
-        self.open += 1
-
-    def leave(self) -> None:
-        self.open -= 1
+            self._open -= Counter([caller_id])
 
 
 class RequestLimits:

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -41,18 +42,24 @@ class Presence:
     Args:
         folder: of all workers.
         device: that it computes on.
+        hangs_after: seconds without `stir` after which the process is ended, so that another one takes its jobs.
     """
 
-    def __init__(self, folder: Path, device: str):
+    def __init__(self, folder: Path, device: str, hangs_after: float):
         self.folder, self.device = folder, device
         self.name = f"{socket.gethostname()[:40]}-{os.getpid()}-{os.urandom(3).hex()}"
         self.state: State = "starting"
         self.loaded: list[str] = []
+        self._hangs_after, self._stirred = hangs_after, time.monotonic()
         self._ended = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / f"{self.name}.lock", thread_local=False)
         self._lock.acquire()
         threading.Thread(target=self._beat, daemon=True).start()
+
+    def stir(self) -> None:
+        """Tell that the worker does not hang."""
+        self._stirred = time.monotonic()
 
     def say(self, state: State, loaded: list[str]) -> None:
         """Tell what the worker does now."""
@@ -69,6 +76,10 @@ class Presence:
     def _beat(self) -> None:
         while True:
             self._write()
+            if time.monotonic() - self._stirred > self._hangs_after:
+                text = f"warning: this worker has hung for {self._hangs_after:g} s, and ends"
+                print(text, file=sys.stderr, flush=True)
+                os._exit(1)
             if self._ended.wait(BEAT_SECONDS):
                 return
 

@@ -91,6 +91,15 @@ def create_once(path: Path, content: str) -> bool:
     return True
 
 
+def flush_folder(folder: Path) -> None:
+    """Make names in a folder outlast a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())

@@ -9,6 +9,7 @@ from typing import cast
 
 from fastapi import Request
 
+from ldm3d.errors import ConfigError, OutputError
 from mlops.api import metrics
 from mlops.api.callers import Caller
 from mlops.api.catalogue import ActiveModel, ActiveSet, ActiveVersion, Catalogue
@@ -44,7 +45,11 @@ class Service:
 
     def active(self) -> ActiveSet:
         """What is served. Raises a `ProblemError` 503 where no worker has loaded anything yet."""
-        active = self.catalogue.read()
+        try:
+            active = self.catalogue.read()
+        except ConfigError as error:
+            log.error("%s", error)
+            raise problem(503, "what is served cannot be read; a reload may mend it") from error
         if active is None:
             raise problem(503, "no worker has loaded a model yet; see /ready", headers={"Retry-After": "5"})
         return active
@@ -69,7 +74,7 @@ class Service:
             self._places = time.monotonic(), places
         return places.get(job_id)
 
-    def accept(self, asked: SampleRequest, caller: Caller, key: str | None) -> tuple[str, bool]:
+    def accept(self, asked: SampleRequest, caller: Caller, key: str | None) -> tuple[Record, bool]:
         """Make a job of a request.
 
         Args:
@@ -78,18 +83,20 @@ class Service:
             key: idempotency key.
 
         Returns:
-            Name of the job, and whether it is a new one.
+            The job, and whether it is a new one.
 
         Raises:
             ProblemError: 422, a field cannot be granted, or the key was used for another request; 429, there is no
-                room; 503, nothing is served yet.
+                room; 503, nothing is served yet, or the disk is full.
         """
-        job_id = new_job_id()
+        job_id, request = new_job_id(), asked.model_dump_json()
         try:
+            if key and (before := self.store.asked_before(caller.id, key, request)):
+                return before, False
             model = find_model(self.active(), asked.model)
             version, assigned_by = model.assign(caller.id, job_id)
             record = self._record(job_id, caller, asked, version, assigned_by)
-            record, is_new = self.store.accept(record, key)
+            record, is_new = self.store.accept(record, key, request)
         except FieldError as error:
             field_error = {"field": error.field, "message": error.message}
             raise problem(422, str(error), errors=[field_error]) from error
@@ -98,11 +105,17 @@ class Service:
         except Refused as error:
             metrics.JOBS_REFUSED.inc()
             raise too_many(str(error)) from error
+        except (OutputError, OSError) as error:
+            log.error("no job can be kept: %s", error)
+            raise problem(503, "this service's disk is full, or cannot be written to") from error
         if is_new:
             metrics.JOBS_ACCEPTED.labels(model.name, version.version, "no").inc()
             self._enqueue(record.id)
-            self._accept_shadows(record, model, asked, caller)
-        return record.id, is_new
+            try:
+                self._accept_shadows(record, model, asked, caller)
+            except (OutputError, OSError) as error:  # the caller has the job
+                log.error("job %s has no shadow: %s", record.id, error)
+        return record, is_new
 
     def _record(
         self, job_id: str, caller: Caller, asked: SampleRequest, version: ActiveVersion, assigned_by: str

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 
+from filelock import FileLock, Timeout
+
 from mlops.api.jobs import JobStore
 from mlops.api.records import Outcome, age_seconds, read_json
 
@@ -24,7 +26,8 @@ def recover(store: JobStore, is_alive: Callable[[str], bool]) -> list[str]:
     Returns:
         Jobs that wait, in their order: those that the queue does not know must be put there.
     """
-    with store.locked(store.data_dir / ".recovery.lock"):
+    # Another worker that is at it does this one's work.
+    with suppress(Timeout), FileLock(store.data_dir / ".recovery.lock", timeout=0):
         for name in store.unfinished_ids():
             _recover(store, name, is_alive)
     return store.waiting_ids()
@@ -56,6 +59,7 @@ def expire(store: JobStore) -> int:
     Returns:
         Bytes that the results take which are left.
     """
+    _mend(store)
     finished = sorted((o.finished, name, sum(f.bytes for f in o.files)) for name, o in _finished(store))
     room = store.max_disk_bytes - sum(size for _, _, size in finished)
     limit = datetime.now(UTC) - store.retention
@@ -67,6 +71,18 @@ def expire(store: JobStore) -> int:
         shutil.rmtree(trash, ignore_errors=True)
     _forget_callers_of_gone_jobs(store)
     return store.max_disk_bytes - room
+
+
+def _mend(store: JobStore) -> None:
+    """Mark unfinished jobs whose mark was lost; remove folders without a job, as of a worker that wrote and died."""
+    for entry in os.scandir(store.jobs):
+        name, folder = entry.name, store.folder(entry.name)
+        if name.startswith(".") or (folder / "outcome.json").exists():
+            continue
+        if (folder / "job.json").exists():
+            (store.unfinished / name).touch()
+        elif age_seconds(folder) > SETTLED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _finished(store: JobStore) -> Iterator[tuple[str, Outcome]]:

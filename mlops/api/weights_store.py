@@ -18,6 +18,7 @@ from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard, Card, DiffusionCard,
 from ldm3d.errors import OutputError, WeightsError
 from ldm3d.files import sha256
 from mlops.api.models_file import registry_version
+from mlops.api.records import flush_folder
 from mlops.api.registry import download
 
 FILES = (AUTOENCODER, UNET)
@@ -235,12 +236,3 @@ def _publish(copy: Path, target: Path) -> None:
     else:
         copy.rename(target)
     flush_folder(target.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make names in a folder outlast a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

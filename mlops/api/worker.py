@@ -16,7 +16,7 @@ import torch
 
 from ldm3d.allocator import keep_freed_memory
 from ldm3d.console import log
-from ldm3d.errors import UserError
+from ldm3d.errors import ConfigError, OutputError, UserError, WeightsError
 from ldm3d.files import write_text
 from mlops.api import metrics
 from mlops.api.catalogue import activate, prepare, read_active
@@ -25,7 +25,7 @@ from mlops.api.jobs import JobStore, open_store
 from mlops.api.models import Models
 from mlops.api.presence import Presence, is_alive
 from mlops.api.queue import POLL_SECONDS, RELOAD, Queue, QueueDown
-from mlops.api.records import Outcome
+from mlops.api.records import Outcome, Record, read_json
 from mlops.api.settings import Settings, load_settings
 from mlops.api.upkeep import expire, recover
 from mlops.api.weights_store import prune
@@ -34,6 +34,8 @@ from mlops.commands import EXIT_USER_ERROR, Parser
 UPKEEP_SECONDS = 5.0
 TIDY_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 5.0
+LEAST_PATIENCE_SECONDS = 600.0
+"""A worker hangs that makes no step for so long, and as long as a job may take: another one is started."""
 
 
 class Worker:
@@ -50,7 +52,9 @@ class Worker:
         self.queue = Queue(settings.queue_url, settings.data_dir / "queue.sqlite")
         device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.models = Models(settings.data_dir / "models", device, settings.max_batch, settings.memory_gib)
-        self.presence = Presence(settings.data_dir / "workers", str(device))
+        hangs_after = max(settings.job_seconds, LEAST_PATIENCE_SECONDS)
+        self.presence = Presence(settings.data_dir / "workers", str(device), hangs_after)
+        self._trial = settings.data_dir / "trial.json"
         self.stopping = threading.Event()
         self.reload_asked = threading.Event()
         self._next_upkeep = self._next_tidying = 0.0
@@ -63,7 +67,7 @@ class Worker:
             UserError: there is nothing that could be served.
         """
         try:
-            error = self.reload()
+            error = self.reload(*self._fatal_trial())
             if error and read_active(self.settings.data_dir) is None:
                 raise UserError(error)
             self._warm_up()
@@ -71,7 +75,7 @@ class Worker:
             while not self.stopping.is_set():
                 try:
                     pause = 0.0 if self._work_once() else POLL_SECONDS
-                except QueueDown as down:
+                except (QueueDown, OSError, OutputError) as down:  # a disk that is full may have room again
                     pause = min(max(2 * pause, POLL_SECONDS), LONGEST_PAUSE_SECONDS)
                     log(f"warning: {down}; trying again in {pause:g} s")
                 self.stopping.wait(pause)
@@ -88,9 +92,12 @@ class Worker:
         if name is None:
             self._rest_if_idle()
             return False
-        if name.startswith(RELOAD):
-            self.reload(name)
-        else:
+        wish = ""
+        while name and name.startswith(RELOAD):  # one reload answers all wishes that wait
+            wish, name = max(wish, name), self.queue.get()
+        if wish:
+            self.reload(wish)
+        if name:
             self._carry_out(name)
         return True
 
@@ -100,38 +107,52 @@ class Worker:
             return
         self.presence.say("busy", self.models.loaded)
         try:
+            self._make(record)
+        except OSError:
+            self.store.release(name)
+            raise
+        finally:
+            self._last_job = time.monotonic()
+            self.presence.say("idle", self.models.loaded)
+
+    def _make(self, record: Record) -> None:
+        try:
             sampler, max_batch = self.models.get(record.digest)
         except UserError as error:
-            log(f"warning: job {name}: {error}")
+            log(f"warning: job {record.id}: {error}")
             text = f"version {record.version} cannot be used any more; ask again for what is served now"
-            self.store.finish(name, Outcome(state="failed", finished=datetime.now(UTC), error=text))
+            self.store.finish(record.id, Outcome(state="failed", finished=datetime.now(UTC), error=text))
             return
         generation = Generation(
-            self.store, self.presence.name, sampler, max_batch, self.settings.job_seconds, self.stopping.is_set
+            self.store, self.presence.name, sampler, max_batch, self.settings.job_seconds, self._is_stopping
         )
         for unfinished in generation.run(record):
             self.queue.put(unfinished)
-        self._last_job = time.monotonic()
-        self.presence.say("idle", self.models.loaded)
 
-    def reload(self, name: str = "") -> str | None:
+    def _is_stopping(self) -> bool:
+        self.presence.stir()
+        return self.stopping.is_set()
+
+    def reload(self, name: str = "", refused: str = "") -> str | None:
         """Try what `models.yaml` names, and serve it if all of it works. Otherwise nothing changes.
 
         Args:
             name: of the request to do so.
+            refused: digest of weights that are not to be tried, as a worker has died of them.
 
         Returns:
             What is wrong.
         """
         data_dir, error = self.settings.data_dir, None
-        before = read_active(data_dir)
+        served = self._served()
         try:
             wanted = prepare(self.settings.models_file, self.settings)
-            for digest in wanted.digests - (before.digests if before else set()):
-                self.models.try_out(digest)
+            for digest in wanted.digests - served:
+                if served and digest == refused:
+                    raise WeightsError(f"a worker has died of trying the weights {digest[:12]}; reload to try again")
+                self._try_out(digest, name)
             activate(wanted, data_dir)
-            prune(data_dir, wanted.digests | self._digests_of_jobs())
-            self.models.keep(wanted.digests)
+            served = wanted.digests
             log(f"serving {', '.join(version.name for version in wanted.versions)}")
         except UserError as problem:
             error = problem.one_line()
@@ -139,8 +160,50 @@ class Worker:
         except Exception as problem:  # weights of strange shapes fail anywhere in torch
             error = f"a new version failed when it was tried: {type(problem).__name__}"
             log(f"warning: models were not changed: {error}: {problem}")
-        write_text(data_dir / "reload.json", json.dumps({"name": name, "error": error}))
+        self._tidy_versions(served)
+        try:
+            if name:
+                write_text(data_dir / "reload.json", json.dumps({"name": name, "error": error}))
+        except OutputError as full:
+            log(f"warning: {full}")
         return error
+
+    def _served(self) -> set[str]:
+        """Digests of what is served now; none where `active.json` is damaged, which is replaced then."""
+        try:
+            active = read_active(self.settings.data_dir)
+        except ConfigError as damaged:
+            log(f"warning: {damaged}")
+            return set()
+        return active.digests if active else set()
+
+    def _try_out(self, digest: str, wish: str) -> None:
+        """A trial may end the process, for want of memory: a mark tells the next worker not to try the same again."""
+        trial = {"digest": digest, "worker": self.presence.name, "wish": wish}
+        write_text(self._trial, json.dumps(trial))
+        try:
+            self.models.try_out(digest)
+        finally:
+            self._trial.unlink(missing_ok=True)
+
+    def _fatal_trial(self) -> tuple[str, str]:
+        """The wish and the weights of which a worker has died. At the next start or wish they are tried again."""
+        trial = read_json(self._trial)
+        if trial is None or is_alive(self._trial.parent / "workers", trial["worker"]):
+            return "", ""
+        self._trial.unlink(missing_ok=True)
+        return trial["wish"], trial["digest"]
+
+    def _tidy_versions(self, served: set[str]) -> None:
+        """Let go of what is not served, in memory and, after a while, on the disk."""
+        self.models.keep(served)
+        if self.presence.state != "starting" and self.models.loaded:
+            self.presence.say("idle", self.models.loaded)
+            self._last_job = time.monotonic()
+        try:
+            prune(self.settings.data_dir, served | self._digests_of_jobs())
+        except UserError as error:
+            log(f"warning: {error}")
 
     def _digests_of_jobs(self) -> set[str]:
         records = (self.store.record(name) for name in self.store.unfinished_ids())
@@ -160,8 +223,13 @@ class Worker:
             self.presence.say("asleep", [])
 
     def _keep_order(self) -> None:
-        """Bring back jobs of dead workers and lost entries of the queue; now and then remove what is too old."""
+        """Now and then remove what is too old; bring back jobs of dead workers and lost entries of the queue."""
         now = time.monotonic()
+        self.presence.stir()
+        # First, since on a full disk nothing else may work.
+        if now >= self._next_tidying:
+            self._next_tidying = now + min(TIDY_SECONDS, 60 * self.settings.retention_minutes)
+            metrics.DISK_BYTES.set(expire(self.store))
         if now >= self._next_upkeep:
             self._next_upkeep = now + UPKEEP_SECONDS
             folder = self.settings.data_dir / "workers"
@@ -170,9 +238,6 @@ class Worker:
             for name in waiting:
                 if name not in known:
                     self.queue.put(name)
-        if now >= self._next_tidying:
-            self._next_tidying = now + min(TIDY_SECONDS, 60 * self.settings.retention_minutes)
-            metrics.DISK_BYTES.set(expire(self.store))
 
 
 def die_with_parent(stopping: threading.Event) -> None:
@@ -188,7 +253,7 @@ def main() -> int:
     keep_freed_memory()
     try:
         settings = load_settings()
-        if settings.worker_metrics_port:
+        if settings.worker_metrics_port and not args.attached:  # beside a web process that serves them
             metrics.serve(settings.worker_metrics_port)
         worker = Worker(settings)
         for number in (signal.SIGTERM, signal.SIGINT):

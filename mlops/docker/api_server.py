@@ -54,11 +54,16 @@ class Workers:
         while not self.ending.is_set():
             began = time.monotonic()
             # Its stdin is never written to: it closes when this process ends, and so ends the worker.
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "mlops.api.worker", "--attached"],
-                stdin=subprocess.PIPE,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-            )
+            try:
+                worker = subprocess.Popen(
+                    [sys.executable, "-m", "mlops.api.worker", "--attached"],
+                    stdin=subprocess.PIPE,
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+                )
+            except OSError as error:  # no memory, no file handles: perhaps later
+                print(f"warning: a worker cannot be started: {error}", file=sys.stderr)
+                self.ending.wait(LONGEST_PAUSE_SECONDS)
+                continue
             self._running.append(worker)
             code = worker.wait()
             self._running.remove(worker)

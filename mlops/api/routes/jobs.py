@@ -41,9 +41,9 @@ async def own_job(id: PathId, request: Request, service: ServiceOf, caller: Call
     return service.own_job(id, caller)
 
 
-async def one_stream(service: ServiceOf) -> AsyncIterator[None]:
+async def one_stream(service: ServiceOf, caller: CallerOf) -> AsyncIterator[None]:
     """Dependency: one of the streams that may be open at once. Raises a `ProblemError` 429."""
-    with service.streams.one():
+    with service.streams.one(caller.id):
         yield
 
 
@@ -119,7 +119,9 @@ def get_file(
         found = next(file for file in job.files if file.name == name)
         path = service.store.file(job.id, name)
         status = path.stat()
+        # A browser must not show it to who logs in after the caller.
         headers = {"ETag": f'"{found.sha256}"', "Cache-Control": "private, max-age=3600, immutable"}
+        headers["Vary"] = "Authorization"
         answer = FileResponse(path, 200, headers, found.media_type, filename=found.name, stat_result=status)
         if status.st_size <= AT_ONCE_BYTES and range is None:
             return Response(path.read_bytes(), headers=dict(answer.headers))

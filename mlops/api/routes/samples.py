@@ -2,13 +2,16 @@
 
 import asyncio
 import time
+from contextlib import nullcontext
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from mlops.api.callers import Caller
+from mlops.api.jobs import cancelled
 from mlops.api.problems import documented, problem
+from mlops.api.records import Record
 from mlops.api.schemas import FINISHED, Job, SampleRequest
 from mlops.api.service import Service, caller_of, service_of
 
@@ -60,19 +63,20 @@ async def create_job(
     most = service.settings.max_wait_seconds
     if wait > most:
         raise problem(422, f"wait: at most {most:g} s", errors=[{"field": "wait", "message": f"at most {most:g} s"}])
-    job_id, _ = await run_in_threadpool(service.accept, asked, caller, idempotency_key)
-    request.state.job = job_id
-    response.headers["Location"] = f"{request.scope.get('root_path', '')}/v1/jobs/{job_id}"
-    job = await run_in_threadpool(service.own_job, job_id, caller)
-    if wait and job.state not in FINISHED:
-        with service.streams.one():
-            job = await _waited(service, job, caller, time.monotonic() + wait, request)
+    # Its place is taken before the job is accepted: who is refused has no job.
+    with service.streams.one(caller.id) if wait else nullcontext():
+        record, _ = await run_in_threadpool(service.accept, asked, caller, idempotency_key)
+        request.state.job = record.id
+        response.headers["Location"] = f"{request.scope.get('root_path', '')}/v1/jobs/{record.id}"
+        job = await _waited(service, record, time.monotonic() + wait, request)
     response.status_code = 200 if job.state in FINISHED else 202
     return job
 
 
-async def _waited(service: Service, job: Job, caller: Caller, until: float, request: Request) -> Job:
-    while job.state not in FINISHED and time.monotonic() < until and not await request.is_disconnected():
+async def _waited(service: Service, record: Record, until: float, request: Request) -> Job:
+    """The job when it has ended or the time is over; cancelled if it was deleted meanwhile."""
+    job = await run_in_threadpool(service.job, record.id)
+    while job and job.state not in FINISHED and time.monotonic() < until and not await request.is_disconnected():
         await asyncio.sleep(min(POLL_SECONDS, max(0, until - time.monotonic())))
-        job = await run_in_threadpool(service.own_job, job.id, caller)
-    return job
+        job = await run_in_threadpool(service.job, record.id)
+    return job or cancelled(record)
