@@ -84,8 +84,16 @@ def test_bad_values_are_not_written(tmp_path, volume, change, dtype, complaint):
 
 
 def test_name_without_nii_gz_is_refused(tmp_path, volume):
-    with pytest.raises(OutputError, match=r"must end with \.nii\.gz"):
-        write_volume(tmp_path / "a.nii", volume, SPACING)
+    for name in ("a", "a.gz", "a.img", "anii.gz", "a.nii.bz2"):
+        with pytest.raises(OutputError, match=r"must end with \.nii\.gz or \.nii"):
+            write_volume(tmp_path / name, volume, SPACING)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_without_compression_the_content_is_the_same(tmp_path, volume, dtype):
+    for name in ("a.nii", "a.nii.gz"):
+        write_volume(tmp_path / name, volume, SPACING, dtype)
+    assert gzip.decompress((tmp_path / "a.nii.gz").read_bytes()) == (tmp_path / "a.nii").read_bytes()
 
 
 def test_folder_that_cannot_be_is_refused(tmp_path, volume):

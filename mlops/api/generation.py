@@ -242,7 +242,7 @@ class Generation:
         self.store.finish(record.id, outcome)
         self.tasks.remove(task)  # not before: a job that could not be ended is given back
         labels = (record.request.model, record.version)
-        metrics.JOBS_ENDED.labels(*labels, _is_shadow(record), outcome.state).inc()
+        metrics.count_end(*labels, bool(record.shadow_of), outcome.state)
         if outcome.state == "done" and not record.shadow_of:
             metrics.JOB_SECONDS.labels(*labels).observe((outcome.finished - record.created).total_seconds())
         if record.shadow_of:

@@ -21,9 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from filelock import Timeout as LockTimeout
@@ -42,6 +40,7 @@ from mlops.api.records import (
 )
 from mlops.api.schemas import Job, Progress
 from mlops.api.settings import Settings
+from mlops.api.views import ended, under_way, waiting
 
 JOB_NAME = re.compile("[0-9a-hjkmnp-tv-z]{26}")
 
@@ -162,19 +161,14 @@ class JobStore:
         """
         folder = self.folder(job_id)
         with suppress(OSError):
-            return _ended(folder, (folder / "outcome.json").stat().st_mtime_ns, self.retention)
+            return ended(folder, (folder / "outcome.json").stat().st_mtime_ns, self.retention)
         record = self.record(job_id)
         if record is None:
             return None
         claim = read_json(folder / "claim.json")
-        progress = read_json(folder / "progress.json") if claim else None
-        return Job(
-            **_facts(record),
-            state="running" if claim else "queued",
-            started=claim["started"] if claim else None,
-            place=None if claim else place(job_id),
-            progress=Progress(**progress) if progress else None,
-        )
+        if claim is None:
+            return waiting(record, place(job_id))
+        return under_way(record, claim["started"], read_json(folder / "progress.json"))
 
     def of_caller(self, caller_id: str, before: str | None) -> list[str]:
         """Names of a caller's jobs, newest first, older than `before`; some may be gone."""
@@ -295,24 +289,6 @@ class JobStore:
                 yield
         except LockTimeout:
             raise Refused("the service is busy; come again in a moment") from None
-
-
-@lru_cache(maxsize=1024)
-def _ended(folder: Path, changed: int, retention: timedelta) -> Job:
-    """A job that has ended, which never changes again. Raises `FileNotFoundError`."""
-    record, outcome = read_record(folder / "job.json"), read_outcome(folder / "outcome.json")
-    if record is None or outcome is None:
-        raise FileNotFoundError(folder)
-    return Job(**_facts(record), **dict(outcome), expires=outcome.finished + retention)
-
-
-def cancelled(record: Record) -> Job:
-    """What is to be said of a job that is gone."""
-    return Job(**_facts(record), state="cancelled")
-
-
-def _facts(record: Record) -> dict[str, Any]:
-    return record.model_dump(include={"id", "created", "request", "version", "assigned_by", "weights_sha256"})
 
 
 def _names(folder: Path) -> list[str]:

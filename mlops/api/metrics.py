@@ -69,6 +69,11 @@ STARTED = Gauge("ldm3d_start_time_seconds", "When the process began.", multiproc
 STARTED.set(time.time())
 
 
+def count_end(model: str, version: str, is_shadow: bool, state: str) -> None:
+    """Count a job that has ended."""
+    JOBS_ENDED.labels(model, version, "yes" if is_shadow else "no", state).inc()
+
+
 def exposition() -> tuple[bytes, str]:
     """The metrics of all processes as text, and its media type."""
     return generate_latest(_registry()), CONTENT_TYPE_LATEST

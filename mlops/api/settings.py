@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     max_wait_seconds: NonNegativeFloat = 120
     """How long `?wait=` may hold a request."""
     max_streams: PositiveInt = 200
-    """Waiting requests and event streams at once on one web process."""
+    """Waiting requests and event streams at once on one web process; one caller may have half of them."""
     request_seconds: PositiveFloat = 30
     """Time within which a client must have sent its request."""
     retention_minutes: PositiveFloat = 24 * 60

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from filelock import FileLock, Timeout
 
+from mlops.api import metrics
 from mlops.api.jobs import JobStore
 from mlops.api.records import Outcome, age_seconds, read_json
 
@@ -51,6 +52,8 @@ def _recover(store: JobStore, name: str, is_alive: Callable[[str], bool]) -> Non
     if deaths >= DEATHS:
         text = f"{deaths} workers have died at this job, perhaps for want of memory; ask for less"
         store.finish(name, Outcome(state="failed", finished=datetime.now(UTC), error=text))
+        if record := store.record(name):  # a version that ends workers must not look faultless
+            metrics.count_end(record.request.model, record.version, bool(record.shadow_of), "failed")
 
 
 def expire(store: JobStore) -> int:

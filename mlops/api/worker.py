@@ -122,6 +122,7 @@ class Worker:
             log(f"warning: job {record.id}: {error}")
             text = f"version {record.version} cannot be used any more; ask again for what is served now"
             self.store.finish(record.id, Outcome(state="failed", finished=datetime.now(UTC), error=text))
+            metrics.count_end(record.request.model, record.version, bool(record.shadow_of), "failed")
             return
         generation = Generation(
             self.store, self.presence.name, sampler, max_batch, self.settings.job_seconds, self._is_stopping

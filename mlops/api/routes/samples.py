@@ -9,11 +9,11 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from mlops.api.callers import Caller
-from mlops.api.jobs import cancelled
 from mlops.api.problems import documented, problem
 from mlops.api.records import Record
 from mlops.api.schemas import FINISHED, Job, SampleRequest
 from mlops.api.service import Service, caller_of, service_of
+from mlops.api.views import cancelled
 
 router = APIRouter(tags=["samples"])
 POLL_SECONDS = 0.1
