@@ -363,6 +363,15 @@ def start(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
+def test_a_file_that_has_just_begun_is_empty(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path, 1)
+    log.record("GET /v1/jobs", 200)
+    (tmp_path / CURRENT).rename(tmp_path / "audit-000000000001.jsonl")
+    (tmp_path / CURRENT).touch()
+    found = verify(tmp_path)
+    assert (found.entries, found.problems, found.notices) == (1, [], [])
+
+
 def test_processes_and_threads_write_one_chain(tmp_path: Path) -> None:
     processes = [writer(tmp_path, name, 400, 16 * KIB) for name in ("a", "b")]
     for process in processes:

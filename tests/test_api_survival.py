@@ -148,7 +148,7 @@ def test_jobs_that_wait_are_sampled_together_and_come_out_the_same(tmp_path: Pat
     with running(tmp_path, max_batch=4) as service, service.client() as client:
         alone = [client.post("/v1/samples?wait=60", json={"seed": s, "steps": 3}).json() for s in range(4)]
         # Behind this one they wait.
-        blocker = client.post("/v1/samples", json=LONG).json()["id"]
+        blocker = begin_long_job(client)
         asked = [client.post("/v1/samples", json={"seed": s, "steps": 3}).json()["id"] for s in range(4)]
         places = [client.get(f"/v1/jobs/{name}").json()["place"] for name in asked]
         assert places == [1, 2, 3, 4]

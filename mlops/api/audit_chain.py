@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -147,7 +148,7 @@ def verify(folder: Path, after: str = BEGINNING) -> Findings:
     """
     walk = _Walk(after)
     for name, lines in read_files(folder):
-        for number, (line, following) in enumerate(zip(lines, [*lines[1:], b""], strict=True), 1):
+        for number, (line, following) in enumerate(pairwise([*lines, b""]), 1):
             walk.step(f"{name} line {number}", line, following)
         walk.found.files += 1
     return walk.found

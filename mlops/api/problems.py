@@ -43,7 +43,7 @@ WHY = {
     421: "Without keys the service answers its own machine only.",
     422: "A field, header or parameter cannot be used; `errors` names it.",
     429: "Too many requests, jobs or streams; come again after Retry-After seconds.",
-    503: "No model is loaded yet; keys, queue or provider cannot be asked; the disk is full; or the audit log cannot be written.",
+    503: "No model is loaded yet; keys, queue or provider cannot be asked; disk or audit log cannot be written.",
 }
 
 
