@@ -323,11 +323,12 @@ def test_waiting_has_a_limit(client: httpx.Client) -> None:
 def test_health_and_metrics(client: httpx.Client, job: dict[str, Any]) -> None:
     assert client.get("/health").json() == {"status": "alive"}
     assert client.get("/ready").json() == {"ready": True, "checks": {"queue": "ok", "models": "ok", "workers": "ok"}}
-    text = client.get("/metrics").text
+    name = 'ldm3d_http_requests_total{method="GET",route="/v1/jobs/{id}",status="200"}'
+    client.get(f"/v1/jobs/{job['id']}")
+    text = until(lambda: name in (found := client.get("/metrics").text) and found, "the request is counted", 10)
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(figures['ldm3d_volumes_total{model="tiny",shadow="no",version="1"}']) >= 2
     assert float(figures['ldm3d_jobs_ended_total{model="tiny",shadow="no",state="done",version="1"}']) >= 1
-    assert 'ldm3d_http_requests_total{method="GET",route="/v1/jobs/{id}",status="200"}' in figures
 
 
 def test_every_answer_has_safe_headers(client: httpx.Client) -> None:

@@ -5,7 +5,6 @@ import secrets
 import time
 from typing import Any
 
-from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldm3d.errors import UserError
@@ -71,17 +70,17 @@ class Observe:
             await send(message)
 
         try:
-            if self._failed and scope["method"] not in READING and not await self._works_again():
+            if self._failed and scope["method"] not in READING and not self._works_again():
                 refusal = problem(503, "the audit log cannot be written, so nothing may be changed")
                 await problem_response(refusal)(scope, receive, observed)
             else:
                 await self.app(scope, receive, observed)
         finally:
             self._count(scope, status, time.perf_counter() - started)
-            await self._audit(scope, status)
+            self._audit(scope, status)
 
-    async def _works_again(self) -> bool:
-        self._failed = not await self._record(what="audit log", outcome="works again")
+    def _works_again(self) -> bool:
+        self._failed = not self._record(what="audit log", outcome="works again")
         return not self._failed
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
@@ -90,12 +89,12 @@ class Observe:
         if template not in UNTIMED:
             metrics.REQUEST_SECONDS.labels(template).observe(seconds)
 
-    async def _audit(self, scope: Scope, status: int) -> None:
+    def _audit(self, scope: Scope, status: int) -> None:
         method, template = _route(scope)
         if template in OPEN or (template in UNAUDITED and method == "GET" and status < 400):
             return
         state = scope["state"]
-        self._failed |= not await self._record(
+        self._failed |= not self._record(
             what=f"{method} {template}",
             outcome=status,
             caller=state.get("caller"),
@@ -104,9 +103,10 @@ class Observe:
             request_id=state["request_id"],
         )
 
-    async def _record(self, **entry: Any) -> bool:
+    def _record(self, **entry: Any) -> bool:
+        """Here, not in a thread, which would wait for the interpreter's lock a hundred times as long as it writes."""
         try:
-            await run_in_threadpool(self.audit.record, **entry)
+            self.audit.record(**entry)
         except UserError as error:
             log.error("%s; until it can be written nothing is changed", error)
             return False

@@ -16,7 +16,7 @@ from mlops.api.service import Service, caller_of, service_of
 from mlops.api.views import cancelled
 
 router = APIRouter(tags=["samples"])
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 
 LOCATION = {"Location": {"description": "Address of the job.", "schema": {"type": "string"}}}
 IdempotencyKey = Annotated[
