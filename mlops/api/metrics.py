@@ -33,7 +33,7 @@ def _reserve(folder: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
 
 
-if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ and hasattr(os, "posix_fallocate"):  # macOS has none
     _reserve(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
