@@ -92,9 +92,9 @@ def test_each_algorithm_is_accepted(
         {"aud": ["another", "more"]},
         {"aud": None},
         {"exp": None},
-        {"exp": int(time.time()) - 31},
+        {"exp": -31},
         {"exp": "soon"},
-        {"nbf": int(time.time()) + 3600},
+        {"nbf": 3600},
         {"sub": None},
         {"sub": ""},
         {"sub": 7},
@@ -103,7 +103,11 @@ def test_each_algorithm_is_accepted(
     ids=str,
 )
 def test_wrong_claims_prove_nobody(verifier: OidcVerifier, provider: Provider, claims: dict[str, Any]) -> None:
+    """Times are seconds from now: test names must be the same in every process that collects them."""
     assert verifier.verify(provider.token())
+    now = int(time.time())
+    if isinstance(seconds := claims.get("exp", claims.get("nbf")), int):
+        claims = {next(iter(claims)): now + seconds}
     # Made here, not by the library, which would refuse to sign some of them.
     unsigned = f"{encoded({'alg': 'EdDSA', 'kid': 'ed'})}.{encoded(provider.claims(**claims))}"
     assert status_of(verifier, f"{unsigned}.{encoded(idp.ED.sign(unsigned.encode()))}") == 401
