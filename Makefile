@@ -2,13 +2,15 @@
 
 PYTHON ?= python3
 VENV := .venv
+OPS := .venv-ops
+CHECKOV := .venv-checkov
 PY := $(VENV)/bin/python
 DEMO := -c config/config_demo.json -e config/environment_demo.json
 SCRATCH := -c config/config_demo.json -e config/environment_demo_scratch.json
 WEIGHTS := checkpoints/demo
 NUM_PHANTOMS := 420
 
-.PHONY: help demo demo-scratch sample serve bench bench-gpu lint test clean
+.PHONY: help demo demo-scratch sample serve bench bench-gpu lint test check-ops test-ops clean
 
 help:
 	@echo "make demo          train on the embedded data from the demo weights, sample, evaluate (about 10 minutes)"
@@ -18,6 +20,8 @@ help:
 	@echo "make bench         speed and memory against the reference recipe, on a CPU (under 10 minutes)"
 	@echo "make bench-gpu     the same on one GPU (under 10 minutes)"
 	@echo "make test          linters, types and the whole test suite"
+	@echo "make check-ops     judge containers, manifests, pipelines, rules with the programs that read them (2 minutes)"
+	@echo "make test-ops      run them for real, as far as this machine has what they need"
 	@echo "make clean         remove what the demo has made, except the data set and the environment"
 
 $(VENV)/run: requirements.txt
@@ -91,6 +95,27 @@ lint: $(VENV)/dev
 test: lint
 	@echo "== tests"
 	@$(PY) -m pytest -n 2
+
+$(OPS)/run: requirements-ops.txt
+	@echo "== environment: $(OPS), with requirements-ops.txt"
+	@test -x $(OPS)/bin/python || $(PYTHON) -m venv $(OPS)
+	@$(OPS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-ops.txt
+	@touch $@
+
+# It asks for versions that nothing else can live with.
+$(CHECKOV)/run:
+	@echo "== environment: $(CHECKOV), for checkov"
+	@test -x $(CHECKOV)/bin/python || $(PYTHON) -m venv $(CHECKOV)
+	@$(CHECKOV)/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
+	@touch $@
+
+check-ops: $(OPS)/run $(CHECKOV)/run
+	@echo "== the operational files, read by the programs that they are for"
+	@$(OPS)/bin/python -m pytest -n 2 tests_ops/static
+
+test-ops: $(OPS)/run $(VENV)/dev
+	@echo "== the operational files, run"
+	@$(OPS)/bin/python -m pytest -rs tests_ops/real
 
 clean:
 	rm -rf results/demo results/demo_scratch results/sample runs/demo runs/demo_scratch \
