@@ -10,7 +10,9 @@ deployments=(ldm3d-redis ldm3d-worker ldm3d-monitor ldm3d-api)
 # What `delete` removes; the data, in PersistentVolumeClaims, is not among it.
 kinds=cronjobs,jobs,deployments,horizontalpodautoscalers,poddisruptionbudgets,ingresses,services,networkpolicies
 kinds+=,configmaps,secrets,rolebindings,roles,serviceaccounts
-monitoring_kinds=servicemonitors,podmonitors,prometheusrules
+# Some clusters do not have these.
+more_kinds=(servicemonitors.monitoring.coreos.com podmonitors.monitoring.coreos.com prometheusrules.monitoring.coreos.com
+  secretproviderclasses.secrets-store.csi.x-k8s.io)
 
 usage() {
   cat <<'END'
@@ -148,14 +150,14 @@ logs() {
 }
 
 confirm() {
-  local answer=
+  local answer=''
   echo "$1 In the cluster $(kubectl config current-context). Type $namespace to go on:" >&2
   read -r answer || true
   [[ $answer == "$namespace" ]] || fail "not confirmed; nothing was deleted"
 }
 
 delete() {
-  local data= yes= installed
+  local data='' yes='' kind installed
   while (($#)); do
     case $1 in
       --data) data=1 ;;
@@ -170,8 +172,11 @@ delete() {
     return
   fi
   [[ $yes ]] || confirm "Deletes the service; the data stays."
-  installed=$(kubectl api-resources --api-group=monitoring.coreos.com --output name) || fail "the cluster does not answer"
-  [[ -z $installed ]] || kinds+=,$monitoring_kinds
+  # It also fails where one of many APIs is down, and has then listed the others.
+  installed=$(kubectl api-resources --output name) || [[ -n $installed ]] || fail "the cluster does not answer"
+  for kind in "${more_kinds[@]}"; do
+    [[ $'\n'$installed$'\n' != *$'\n'$kind$'\n'* ]] || kinds+=,$kind
+  done
   step "everything but the data" kube delete "$kinds" --selector "$ours"
   echo "kept: the namespace and its PersistentVolumeClaims" >&2
 }
