@@ -1,4 +1,4 @@
-"""The pod of the API that mlops/kubernetes describes, run by podman: probes, secrets, volumes and hardening as they stand."""
+"""The pod of the API that mlops/kubernetes describes, run by podman: secrets, volumes and hardening as they stand."""
 
 import subprocess
 import time
@@ -77,7 +77,9 @@ def test_the_apis_pod_serves_as_it_is_described(redis: int, tmp_path: Path) -> N
             ready = client.get("/ready").json()["checks"]
             assert ready["queue"] == "ok" and ready["workers"] == "none lives", ready
             assert client.get("/v1/me").json()["role"] == "operator"
-        found = podman("inspect", f"{name}-api", "--format", "{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.EffectiveCaps}}")
+        found = podman(
+            "inspect", f"{name}-api", "--format", "{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.EffectiveCaps}}"
+        )
         assert found.stdout.split() == ["10001:10001", "true", "[]"]
     finally:
         podman("pod", "rm", "--force", "--time=10", name, check=False)

@@ -17,8 +17,8 @@ from mlops.api.settings import PREFIX, Settings
 DOCKER = ROOT / "mlops/docker"
 FILES = [DOCKER / "docker-compose.yml", DOCKER / "docker-compose.cuda.yml"]
 COMPOSE = yaml.safe_load(FILES[0].read_text())
-PROMETHEUS = yaml.safe_load((DOCKER / "prometheus.yml").read_text())
-SERVICES = {"api", "worker", "monitor", "redis", "prometheus", "grafana", "mlflow"}
+PROMETHEUS = yaml.safe_load((ROOT / "mlops/monitoring/prometheus.yml").read_text())
+SERVICES = {"api", "worker", "monitor", "redis", "prometheus", "alertmanager", "pushgateway", "grafana", "mlflow"}
 MODES = {"api", "worker", "monitor"}
 KNOWN = {PREFIX + name.upper() for name in Settings.model_fields}
 
@@ -121,8 +121,8 @@ def change(name: str, **values: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (change("api", networks=["front"]), "api: no network front"),
         (change("api", volumes=["date:/data"]), "api: no volume date"),
-        (change("prometheus", volumes=["./prometheus.yaml:/p.yml:ro"]), "prometheus.yaml is not there"),
-        (change("prometheus", volumes=["./prometheus.yml:/p.yml"]), "not mounted read-only"),
+        (change("prometheus", volumes=["../monitoring/prometheus.yaml:/p.yml:ro"]), "prometheus.yaml is not there"),
+        (change("prometheus", volumes=["../monitoring/prometheus.yml:/p.yml"]), "not mounted read-only"),
         (change("api", depends_on={"rediss": {}}), "api: waits for rediss"),
         (change("worker", image="ldm3d:0.0.9-cpu"), "images differ"),
         (change("monitor", volumes=["models:/data:ro"]), "monitor does not see the data"),
@@ -153,30 +153,37 @@ def test_prometheus_reads_its_configuration_and_the_alerts(tmp_path: Path) -> No
     config = tmp_path / "prometheus.yml"
     done = programs.run("promtool", "check", "config", config)
     assert done.returncode == 0 and "1 rule files found" in done.stdout, done.stdout + done.stderr
-    config.write_text(config.read_text().replace("type: A,", "kind: A,", 1))
+    config.write_text(config.read_text().replace("job_name:", "job:", 1))
     assert programs.run("promtool", "check", "config", config).returncode != 0
 
 
-def scrape_faults(prometheus: dict[str, Any]) -> list[str]:
-    """Where Prometheus asks another port than the service has, or leaves one out."""
+def target_faults(prometheus: dict[str, Any]) -> list[str]:
+    """Targets at which nothing answers, and services that nobody asks."""
     services = COMPOSE["services"]
     ports = {
-        "api": int(services["api"]["ports"][0].rpartition(":")[2]),
-        "worker": int(services["worker"]["environment"]["LDM3D_WORKER_METRICS_PORT"]),
-        "monitor": int(services["monitor"]["command"][1].removeprefix("--port=")),
+        "api": services["api"]["ports"][0].rpartition(":")[2],
+        "worker": services["worker"]["environment"]["LDM3D_WORKER_METRICS_PORT"],
+        "monitor": services["monitor"]["command"][1].removeprefix("--port="),
+        "pushgateway": "9091",
     }
-    asked = {}
-    for job in prometheus["scrape_configs"]:
-        (where,) = job["dns_sd_configs"]
-        asked[job["job_name"]] = dict.fromkeys(where["names"], where["port"])
-    return [] if asked == {f"ldm3d-{name}": {name: port} for name, port in ports.items()} else [f"{asked}, not {ports}"]
+    asked = {
+        target for job in prometheus["scrape_configs"] for one in job["static_configs"] for target in one["targets"]
+    }
+    told = {
+        target
+        for one in prometheus["alerting"]["alertmanagers"]
+        for it in one["static_configs"]
+        for target in it["targets"]
+    }
+    there = {f"{name}:{port}" for name, port in ports.items()}
+    return sorted(asked ^ there) + sorted(told ^ {"alertmanager:9093"})
 
 
 def test_prometheus_asks_every_service_at_its_port() -> None:
-    assert scrape_faults(PROMETHEUS) == []
+    assert target_faults(PROMETHEUS) == []
     wrong = copy.deepcopy(PROMETHEUS)
-    wrong["scrape_configs"][1]["dns_sd_configs"][0]["port"] = 9102
-    assert scrape_faults(wrong)
+    wrong["scrape_configs"][1]["static_configs"][0]["targets"] = ["worker:9102"]
+    assert target_faults(wrong) == ["worker:9101", "worker:9102"]
 
 
 def test_grafana_finds_its_dashboards_and_prometheus() -> None:
