@@ -17,6 +17,7 @@ BASE = "localhost/ldm3d-test-base:bookworm"
 DEBIAN = "python3,python3-venv,python3-pip,ca-certificates"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = os.environ | {"CONTAINERS_CONF": str(Path(__file__).parent / "containers.conf")}
+BUILD = ("--layers", "--isolation=chroot", "--pull-never", "--format=docker")
 
 
 def podman(*words: object, check: bool = True, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
@@ -48,9 +49,8 @@ def options(variant: str, target: str) -> list[str]:
 def build(name: str, file: Path, context: Path, *given: object) -> None:
     """Build with this machine's package index, which is mounted and so leaves no trace in the image."""
     with tempfile.TemporaryDirectory() as folder:
-        mounts = pip_mounts(Path(folder))
-        command = ["buildah", "bud", "--layers", "--isolation=chroot", "--pull-never", "--format=docker", "--tag", name]
-        done = programs.run(*command, *mounts, *given, "--file", file, context, env=ENVIRONMENT, timeout=1800)
+        command = ["buildah", "bud", *BUILD, *pip_mounts(Path(folder)), *given, "--tag", name, "--file", file, context]
+        done = programs.run(*command, env=ENVIRONMENT, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
