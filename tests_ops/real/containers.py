@@ -16,11 +16,14 @@ LIMITED = (*HARDENED, "--memory=4g")
 
 def run(image: str, *words: object, check: bool = True, **environment: object) -> Any:
     """Run a container to its end. `words` are podman's options, then, after "--", what the program is given."""
-    options, given = list(words), []
-    if "--" in options:
-        at = options.index("--")
-        options, given = options[:at], options[at + 1 :]
+    options, given = parted(words)
     return podman("run", "--rm", *LIMITED, *variables(environment), *options, image, *given, check=check, timeout=900)
+
+
+def parted(words: tuple[object, ...]) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """What stands before and after "--"."""
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
 
 
 def variables(environment: dict[str, object]) -> list[str]:
@@ -43,11 +46,12 @@ def free_port() -> int:
 
 
 class Running:
-    """A container that runs on the host's network."""
+    """A container that runs on the host's network. `words` as for `run`."""
 
-    def __init__(self, image: str, *options: object, **environment: object):
+    def __init__(self, image: str, *words: object, **environment: object):
         self.name = f"ldm3d-test-{uuid.uuid4().hex[:8]}"
-        podman("run", "--detach", f"--name={self.name}", *LIMITED, *variables(environment), *options, image)
+        options, given = parted(words)
+        podman("run", "--detach", f"--name={self.name}", *LIMITED, *variables(environment), *options, image, *given)
 
     def __enter__(self) -> "Running":
         return self
