@@ -33,7 +33,8 @@ def training_profile(cfg: Config, data: Prepared, model_dir: Path) -> ReferenceP
     digest = data.digest()
     kept = on_main(lambda: _kept(model_dir))
     if kept and (kept.trained_on, kept.spacing, kept.size) == (digest, cfg.spacing, size):
-        return kept
+        # Its latents are those of the autoencoder that was there.
+        return kept.model_copy(update={"latents": None})
     by_name = {case.name: case for case in data.split.train}
     names = drawn(list(by_name), LARGEST)
 
@@ -67,7 +68,7 @@ def training_profile(cfg: Config, data: Prepared, model_dir: Path) -> ReferenceP
 
 def with_latents(profile: ReferenceProfile, cache: LatentCache, autoencoder_sha256: str) -> ReferenceProfile:
     """Add the facts of the training volumes' latents, from their cache; on other ranks than 0 nothing is read."""
-    if not distributed.is_main() or (profile.latents and profile.latents.autoencoder_sha256 == autoencoder_sha256):
+    if not distributed.is_main():
         return profile
     places = {name: i for i, name in enumerate(cache.cases)}
     rows = [latent_facts(cache.posteriors[places[name], 0, 0]) for name in drawn(cache.cases, LARGEST)]
