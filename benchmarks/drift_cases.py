@@ -48,7 +48,7 @@ def noise(phantom: Phantom, random: np.random.Generator) -> Changed:
 
 
 def bias_field(phantom: Phantom, random: np.random.Generator) -> Changed:
-    """20 % brighter to 20 % darker along one direction, another one in each volume."""
+    """From 40 % brighter to 40 % darker, corner to corner of the grid, in another direction for each volume."""
     image, affine = contrast(phantom, FLAIR)
     direction = random.normal(size=3)
     direction /= np.abs(direction).sum()
@@ -59,7 +59,7 @@ def bias_field(phantom: Phantom, random: np.random.Generator) -> Changed:
 
 def spacing(phantom: Phantom, random: np.random.Generator) -> Changed:
     """Voxels of 4 mm instead of 3.2."""
-    image, affine = contrast(phantom, FLAIR)
+    image, _ = contrast(phantom, FLAIR)
     return resample(image, (3.2,) * 3, (4.0,) * 3), np.diag([4.0, 4.0, 4.0, 1.0])
 
 

@@ -96,6 +96,12 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
     return rounded(np.sqrt(np.mean(np.square(one - other))))
 
 
+def match(image: np.ndarray, mean: np.ndarray) -> float:
+    """Pearson correlation of two `coarse` images: what is turned or mirrored is unlike the mean of what is not."""
+    a, b = image - image.mean(), mean - mean.mean()
+    return rounded(float((a * b).sum()) / max(float(np.sqrt(np.square(a).sum() * np.square(b).sum())), 1e-12))
+
+
 def brain_mask(volume: np.ndarray) -> np.ndarray:
     """What is head and not air: the largest part above half of Otsu's threshold (Otsu 1979), holes filled.
 

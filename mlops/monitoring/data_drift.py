@@ -83,9 +83,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--reference", type=Path, required=True, help="the profile, or the model_dir that holds it")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder of new volumes, in any layout of training data"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of new volumes, in any layout of training")
     parser.add_argument("--output", type=Path, required=True, help="folder for drift.json, drift.html, drift.prom")
     parser.add_argument("--push", metavar="URL", help="pushgateway to send the metrics to")
     parser.add_argument("--alpha", type=probability, default=ALPHA, help=f"accepted false alarms of a run ({ALPHA})")
@@ -151,10 +149,8 @@ def medians(name: str, profile: ReferenceProfile, folder: Folder) -> dict[str, f
 
 def tell(result: dict[str, Any], output: Path) -> None:
     """What stdout says."""
-    volumes = result["volumes"]
-    print(
-        f"{result['status']}: {volumes['judged']} volumes against {result['made']['reference_volumes']} of the training"
-    )
+    volumes, against = result["volumes"], result["made"]["reference_volumes"]
+    print(f"{result['status']}: {volumes['judged']} volumes against {against} of the training")
     for name, reason in volumes["unreadable"].items():
         print(f"unreadable: {name}: {reason}")
     for cause in result["probable_causes"]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ldm3d import distributed
+from ldm3d.brain import COARSE, match
 from ldm3d.cards import AUTOENCODER, AutoencoderCard, read_card
 from ldm3d.cases import Case, find_cases
 from ldm3d.checks import examine, share_out
@@ -78,11 +79,14 @@ def measure_folder(folder: Path, profile: ReferenceProfile, model_dir: Path) -> 
         reason = next(iter(unreadable.values()))
         raise DataError(f"{folder}: none of {len(unreadable)} volumes can be read; the first: {reason}")
     facts = [found for found, _ in good.values()]
+    features = {name: [one.features[name] for one in facts] for name in FEATURES}
+    mean = np.reshape(profile.mean_image, (COARSE,) * 3)
+    features["mean_match"] = [match(one.coarse, mean) for one in facts]
     return Folder(
         found=len(cases),
         judged=list(good),
         unreadable=unreadable,
-        features={name: [one.features[name] for one in facts] for name in FEATURES},
+        features=features,
         facts={key: dict(Counter(getattr(one, key) for one in facts)) for key in ("orientation", "scanner")},
         latents=np.array([row for _, row in good.values()]) if encode else None,
         no_latents=no_latents,

@@ -118,11 +118,8 @@ def histogram(old: Sequence[float], new: Sequence[float]) -> str:
         for i, share in enumerate(shares[0])
         if share
     )
-    corners = [
-        f"{(i + side) * step:.1f},{base * (1 - share / top):.1f}"
-        for i, share in enumerate(shares[1])
-        for side in (0, 1)
-    ]
+    heights = [f"{base * (1 - share / top):.1f}" for share in shares[1]]
+    corners = [f"{(i + side) * step:.1f},{height}" for i, height in enumerate(heights) for side in (0, 1)]
     line = f'<polyline points="0,{base} {" ".join(corners)} {WIDTH},{base}" fill="#e8771f33" stroke="#c2570c"/>'
     style = 'font-size="10" fill="#4a5866"'
     return (
@@ -135,10 +132,10 @@ def histogram(old: Sequence[float], new: Sequence[float]) -> str:
 
 def _method(result: dict[str, Any]) -> str:
     return (
-        "<h2>How to read this</h2><p>Each volume counts once, with one number for each figure. A figure has drifted where "
-        f"its corrected p is below {result['alpha']:g}: that is how often a folder of volumes that do come from the "
-        "same source raises any alarm at all, whatever number of figures is compared (Holm's correction). Numbers are "
-        "compared by the Kolmogorov-Smirnov test, orientation and scanner by chi-square and latents by maximum mean "
-        "discrepancy, both with exchanged volumes. PSI says how large a difference is; for few volumes chance alone "
-        "makes it large, up to the value in brackets in 95 of 100 folders.</p>"
+        "<h2>How to read this</h2><p>Each volume counts once, with one number for each figure. A figure has drifted "
+        f"where its corrected p is below {result['alpha']:g}: at most that share of folders that come from the same "
+        "source raise any alarm, however many figures are compared (Holm's correction). Numbers are compared by the "
+        "Kolmogorov-Smirnov test, orientation and scanner by chi-square and latents by maximum mean discrepancy, both "
+        "by exchanging volumes. PSI says how large a difference is; of few volumes chance alone makes it large, up to "
+        "the value in brackets in 95 of 100 folders.</p>"
     )

@@ -27,6 +27,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "bright_share": ("share of bright voxels in the middle", ""),
     "noise": ("noise", ""),
     "fine_detail": ("finest detail against structure", ""),
+    "mean_match": ("likeness to the mean training volume", ""),
     "shading": ("shading (bias field)", ""),
     "orientation": ("orientation of the stored axes", ""),
     "scanner": ("scanner", ""),
