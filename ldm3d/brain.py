@@ -83,11 +83,11 @@ def rounded(value: float) -> float:
 
 
 def coarse(volume: np.ndarray) -> np.ndarray:
-    """(8, 8, 8) means of a volume (X, Y, Z) of at least 8 voxels a side."""
+    """(8, 8, 8) means of a volume (X, Y, Z); of an axis with fewer voxels some stand there more than once."""
     for axis, length in enumerate(volume.shape):
         edges = np.linspace(0, length, COARSE + 1).astype(int)
         shape = [-1 if a == axis else 1 for a in range(3)]
-        volume = np.add.reduceat(volume, edges[:-1], axis) / np.diff(edges).reshape(shape)
+        volume = np.add.reduceat(volume, edges[:-1], axis) / np.maximum(np.diff(edges), 1).reshape(shape)
     return volume
 
 

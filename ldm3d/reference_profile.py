@@ -32,9 +32,9 @@ with the mean of the others.
 8x8x8 means: the variety that generated volumes should have too. A row of `latents` holds mean and standard deviation
 over space of each channel of the posterior's mean.
 
-Privacy: no names, no dates, no voxels but those of the mean image. Each feature is sorted by itself, so that no line of the file belongs to one
-patient; the rows of `latents` do, but 2 C numbers without any place in them give no image back. Free text of headers
-is never taken, of a BIDS sidecar only manufacturer, model and field strength.
+Privacy: no names, no dates, no voxels but those of the mean image. Each feature is sorted by itself, so that no line of
+the file belongs to one patient; the rows of `latents` do, but 2 C numbers without any place in them give no image back.
+Free text of headers is never taken, of a BIDS sidecar only manufacturer, model and field strength.
 """
 
 import json

@@ -1,10 +1,11 @@
 """Measure a folder of new volumes as training measured its own."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +21,21 @@ from ldm3d.nifti import orientation_of, spacing_of
 from ldm3d.reference_profile import ReferenceProfile
 from ldm3d.sections import DataConfig
 from ldm3d.training_profile import LARGEST, drawn
-from ldm3d.volume_facts import FEATURES, VolumeFacts, latent_facts, volume_facts
+from ldm3d.volume_facts import latent_facts, volume_facts
 from ldm3d.volumes import crop_or_pad, resample, scale_intensity
 from ldm3d.weights import load_autoencoder
 
 Encode = Callable[[np.ndarray], list[float]]
+
+
+class NewVolume(NamedTuple):
+    """What is known of one."""
+
+    features: dict[str, float]
+    orientation: str
+    scanner: str
+    latent: list[float]
+    """Empty where it was not encoded."""
 
 
 @dataclass(frozen=True)
@@ -63,32 +74,49 @@ def measure_folder(folder: Path, profile: ReferenceProfile, model_dir: Path) -> 
     cases = {case.name: replace(case, label=None) for case in find_cases(folder, DataConfig(), profile.channel)}
     chosen = [cases[name] for name in drawn(list(cases), LARGEST)]
 
-    def measure(case: Case) -> tuple[VolumeFacts, list[float]]:
+    def read_and_measure(case: Case) -> NewVolume:
         raw, affine = examine(case)
-        prepared = scale_intensity(resample(raw, spacing_of(affine), profile.spacing), case.name)
-        orientation = orientation_of(case.image)
-        facts = volume_facts(case.image, orientation, raw, affine, prepared, profile.spacing, profile.size)
-        return facts, encode(crop_or_pad(prepared, profile.size)) if encode else []
+        return measure(case.image, orientation_of(case.image), raw, affine, profile, encode)
 
-    outcomes = dict(
-        zip((case.name for case in chosen), share_out(measure, chosen, "measuring new volumes"), strict=True)
-    )
-    unreadable = {name: str(outcome) for name, outcome in outcomes.items() if isinstance(outcome, DataError)}
-    good = {name: outcome for name, outcome in sorted(outcomes.items()) if not isinstance(outcome, DataError)}
-    if not good:
+    outcomes = share_out(read_and_measure, chosen, "measuring new volumes")
+    by_name = dict(zip((case.name for case in chosen), outcomes, strict=True))
+    unreadable = {name: str(outcome) for name, outcome in by_name.items() if isinstance(outcome, DataError)}
+    volumes = {name: outcome for name, outcome in by_name.items() if not isinstance(outcome, DataError)}
+    if not volumes:
         reason = next(iter(unreadable.values()))
         raise DataError(f"{folder}: none of {len(unreadable)} volumes can be read; the first: {reason}")
-    facts = [found for found, _ in good.values()]
-    features = {name: [one.features[name] for one in facts] for name in FEATURES}
+    return gather(volumes, unreadable, len(cases), no_latents)
+
+
+def measure(
+    path: Path,
+    orientation: str,
+    raw: np.ndarray,
+    affine: np.ndarray,
+    profile: ReferenceProfile,
+    encode: Encode | None,
+) -> NewVolume:
+    """One volume as training measured its own; arguments as of `ldm3d.volume_facts`. Raises `DataError`."""
+    prepared = scale_intensity(resample(raw, spacing_of(affine), profile.spacing), str(path))
+    facts = volume_facts(path, orientation, raw, affine, prepared, profile.spacing, profile.size)
     mean = np.reshape(profile.mean_image, (COARSE,) * 3)
-    features["mean_match"] = [match(one.coarse, mean) for one in facts]
+    features = {**facts.features, "mean_match": match(facts.coarse, mean)}
+    latent = encode(crop_or_pad(prepared, profile.size)) if encode else []
+    return NewVolume(features, facts.orientation, facts.scanner, latent)
+
+
+def gather(volumes: Mapping[str, NewVolume], unreadable: dict[str, str], found: int, no_latents: str) -> Folder:
+    """Single volumes, by name, as a set."""
+    all_of_them = list(volumes.values())
     return Folder(
-        found=len(cases),
-        judged=list(good),
+        found=found,
+        judged=sorted(volumes),
         unreadable=unreadable,
-        features=features,
-        facts={key: dict(Counter(getattr(one, key) for one in facts)) for key in ("orientation", "scanner")},
-        latents=np.array([row for _, row in good.values()]) if encode else None,
+        features={name: [volume.features[name] for volume in all_of_them] for name in all_of_them[0].features},
+        facts={
+            key: dict(Counter(getattr(volume, key) for volume in all_of_them)) for key in ("orientation", "scanner")
+        },
+        latents=None if no_latents else np.array([volume.latent for volume in all_of_them]),
         no_latents=no_latents,
     )
 
