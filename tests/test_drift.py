@@ -100,9 +100,9 @@ CAUSES = {
     "bias field": "bias field",
     "spacing": "voxel size",
     "intensity scale": "intensity scale",
-    "front to back": "turned or mirrored",
-    "upside down": "turned or mirrored",
-    "axes exchanged": "turned or mirrored",
+    "front to back": "turned, mirrored or shifted",
+    "upside down": "turned, mirrored or shifted",
+    "axes exchanged": "turned, mirrored or shifted",
 }
 
 

@@ -45,11 +45,13 @@ from mlops.monitoring.drift_statistics import (
     compare_numbers,
     compare_words,
     corrected,
+    too_few,
 )
 from mlops.monitoring.drift_words import causes
 
 ALPHA = 0.01
 NO_DRIFT, DRIFT = 0, 1
+TOO_FEW = "too few"
 
 
 def main() -> int:
@@ -65,11 +67,8 @@ def main() -> int:
     write_text(args.output / "drift.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
     write_text(args.output / "drift.html", report(result, profile, folder))
     tell(result, args.output)
-    if result["status"] == "too few":
-        raise DataError(
-            f"{args.data}: {len(folder.judged)} volumes are too few to say that nothing has drifted; "
-            f"{LEAST_TO_CLEAR} are needed"
-        )
+    if result["status"] == TOO_FEW:
+        raise DataError(f"{args.data}: {result['too_few']}")
     registry = write_metrics(args.output / "drift.prom", result)
     if args.push:
         push(args.push, registry)
@@ -114,9 +113,11 @@ def judge(
 ) -> dict[str, Any]:
     """The content of drift.json."""
     drifted = [comparison.name for comparison in comparisons if comparison.p_value < args.alpha]
-    few = len(folder.judged) < LEAST_TO_CLEAR
+    reference = len(next(iter(profile.features.values())))
+    few = too_few(reference, len(folder.judged), len(comparisons), args.alpha)
     return {
-        "status": "drift" if drifted else "too few" if few else "no drift",
+        "status": "drift" if drifted else TOO_FEW if few else "no drift",
+        "too_few": few,
         "probable_causes": causes(drifted, profile, folder),
         "drifted": drifted,
         "alpha": args.alpha,
@@ -131,7 +132,7 @@ def judge(
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "reference": str(args.reference),
             "trained_on": profile.trained_on,
-            "reference_volumes": len(next(iter(profile.features.values()))),
+            "reference_volumes": reference,
             "data": str(args.data),
             "contrast": CHANNELS[profile.channel],
         },

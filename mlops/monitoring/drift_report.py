@@ -8,14 +8,13 @@ import numpy as np
 
 from ldm3d.reference_profile import ReferenceProfile
 from mlops.monitoring.drift_folder import Folder
-from mlops.monitoring.drift_statistics import LEAST_TO_CLEAR
 from mlops.monitoring.drift_words import WORDS
 
-WIDTH, HEIGHT, BINS = 280, 56, 28
+WIDTH, HEIGHT, BINS = 280, 56, 20
 VERDICTS = {
     "drift": ("bad", "Drift: the new volumes differ from those trained on"),
     "no drift": ("good", "No drift was found"),
-    "too few": ("open", f"Too few volumes to judge: no drift was found, but {LEAST_TO_CLEAR} are needed to say so"),
+    "too few": ("open", "Cannot tell: no drift was found, but"),
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 1080px; margin: 32px auto; padding: 0 20px }
@@ -26,7 +25,7 @@ h1 { font-size: 22px; margin: 0 0 12px } h2 { font-size: 17px; margin: 32px 0 8p
 .small { color: #4a5866; font-size: 13px }
 table { border-collapse: collapse; width: 100% } td, th { padding: 6px 10px; text-align: left; vertical-align: middle }
 th { font-size: 13px; color: #4a5866; border-bottom: 1px solid #c6d0da } td { border-bottom: 1px solid #e6ebf0 }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+td.number, th.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 tr.drifted td:first-child { border-left: 4px solid #c0392b; font-weight: 600 }
 tr.same td:first-child { border-left: 4px solid transparent }
 code { font-size: 13px; color: #4a5866; font-weight: 400 }
@@ -38,6 +37,8 @@ code { font-size: 13px; color: #4a5866; font-weight: 400 }
 def report(result: dict[str, Any], profile: ReferenceProfile, folder: Folder) -> str:
     """The page of drift.json's content and of the numbers behind it."""
     kind, verdict = VERDICTS[result["status"]]
+    if result["status"] == "too few":
+        verdict = f"{verdict} {result['too_few']}"
     made, volumes = result["made"], result["volumes"]
     parts = [
         "<!doctype html>",
@@ -90,7 +91,7 @@ def _row(comparison: dict[str, Any], result: dict[str, Any], profile: ReferenceP
     elif name in profile.facts:
         picture = _counts(profile.facts[name], folder.facts[name])
     else:
-        picture = f"MMD<sup>2</sup> {comparison['statistic']:.3f}; 0 for equal sets, at most 2"
+        picture = f"MMD<sup>2</sup> {comparison['statistic']:.3f}; about 0 for equal sets, at most 2"
     cells = "".join(f"<td class=number>{number}</td>" for number in numbers)
     first = f"{escape(label)}{f', {escape(unit)}' if unit else ''}<br><code>{escape(name)}</code>"
     kind = "drifted" if name in result["drifted"] else "same"
@@ -125,8 +126,8 @@ def histogram(old: Sequence[float], new: Sequence[float]) -> str:
     return (
         f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="training {min(old):g} to {max(old):g}, new {min(new):g} to {max(new):g}">{bars}{line}'
-        f'<text x="0" y="{HEIGHT - 2}" {style}>{low:.3g}</text>'
-        f'<text x="{WIDTH}" y="{HEIGHT - 2}" text-anchor="end" {style}>{high:.3g}</text></svg>'
+        f'<text x="0" y="{HEIGHT - 2}" {style}>{low:.4g}</text>'
+        f'<text x="{WIDTH}" y="{HEIGHT - 2}" text-anchor="end" {style}>{high:.4g}</text></svg>'
     )
 
 

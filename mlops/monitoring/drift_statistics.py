@@ -5,14 +5,15 @@ depending on each other, that a test of them would always find a difference. So 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import comb
 
 import numpy as np
 from scipy import stats
 
 LEAST_TO_COMPARE = 2
 LEAST_TO_CLEAR = 8
-"""Volumes from which on "no drift" is said. Fewer can show a drift; that they show none means nothing."""
+"""New volumes from which on "no drift" is said. Fewer can show a drift; that they show none means nothing."""
 PERMUTATIONS = 9999
 _PSI_DRAWS = 1000
 _PSI_BINS = 10
@@ -52,7 +53,7 @@ def compare_numbers(name: str, reference: Sequence[float], new: Sequence[float])
 def psi(reference: Sequence[float], new: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """Population stability index over the reference's deciles, below its smallest and above its largest value.
 
-    Half a volume is added to every bin, as the logarithm of nothing is none. The usual limits 0.1 and 0.25 are for
+    To every share half a percent is added, as the logarithm of nothing is none. The usual limits 0.1 and 0.25 are for
     thousands of samples: with 20 volumes chance alone gives more, so what chance gives is said beside it.
 
     Returns:
@@ -70,8 +71,8 @@ def psi(reference: Sequence[float], new: Sequence[float], seed: int = 0) -> tupl
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    padded = counts + 0.5
-    return padded / padded.sum(-1, keepdims=True)
+    shares = counts / counts.sum(-1, keepdims=True) + 0.005
+    return shares / shares.sum(-1, keepdims=True)
 
 
 def compare_words(name: str, reference: Mapping[str, int], new: Mapping[str, int], seed: int = 0) -> Comparison:
@@ -126,4 +127,16 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     ordered = sorted(comparisons, key=lambda c: c.p_alone)
     factors = np.arange(len(ordered), 0, -1)
     values = np.maximum.accumulate(factors * [c.p_alone for c in ordered])
-    return [Comparison(**{**vars(c), "p_value": min(1.0, float(p))}) for c, p in zip(ordered, values, strict=True)]
+    return [replace(c, p_value=min(1.0, float(p))) for c, p in zip(ordered, values, strict=True)]
+
+
+def too_few(reference: int, new: int, tests: int, alpha: float) -> str:
+    """Why so many volumes cannot show that nothing has drifted; empty where they can.
+
+    The least that is asked for is that a feature in which no new volume is like any training volume would be found.
+    """
+    if new < LEAST_TO_CLEAR:
+        return f"{new} volumes are too few to say that nothing has drifted; {LEAST_TO_CLEAR} are needed"
+    if tests * 2 / comb(reference + new, new) >= alpha:
+        return f"the profile was made of {reference} volumes, too few to say that nothing has drifted"
+    return ""

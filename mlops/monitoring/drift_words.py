@@ -44,6 +44,10 @@ _SIZE = ("brain_volume_ml", *(f"brain_spread_{axis}_mm" for axis in AXES))
 # Quantiles that blur, noise and shading leave where they are, but for less than this share of the training's spread.
 _TISSUE = ("intensity_p25", "intensity_p50", "intensity_p75")
 _ANOTHER_CONTRAST = 0.6
+_CONTRAST = (
+    "another contrast: after normalisation tissue is brighter or darker than in training; is it the same sequence, and "
+    "prepared (skull-stripped, corrected) in the same way?"
+)
 
 
 def causes(drifted: Sequence[str], profile: ReferenceProfile, folder: Folder) -> list[str]:
@@ -56,23 +60,22 @@ def causes(drifted: Sequence[str], profile: ReferenceProfile, folder: Folder) ->
     found = [*_of_the_file(shifts, profile, folder)]
     other_contrast = any(abs(shifts[name]) >= _ANOTHER_CONTRAST for name in _TISSUE)
     if other_contrast:
-        found.append(
-            "another contrast: after normalisation tissue is brighter or darker than in training; is it the same "
-            "sequence, and prepared (skull-stripped, corrected) in the same way?"
-        )
+        found.append(_CONTRAST)
     elif shifts["mean_match"] < 0:
         found.append(
-            "turned or mirrored: tissue lies elsewhere than in training, whatever the header says of orientation; "
-            "or the heads are cut, or tilted"
+            "turned, mirrored or shifted: tissue lies elsewhere than in training, whatever the header says of "
+            "orientation; or the heads are cut"
         )
     if not other_contrast:
         found += _of_the_image(shifts)
     if not found and any(name in drifted for name in _SIZE):
         found.append("anatomy: brains of another size than in training: another population, or another stripping")
-    if not found and drifted:
-        found.append(
-            "unclear: see the figures that drifted" + (", of which latents are the only one" if shifts.alone else "")
-        )
+    if not found and any(name.startswith("intensity_") for name in drifted):
+        found.append(_CONTRAST)
+    if not found and list(drifted) == ["latents"]:
+        found.append("unclear: the autoencoder sees a difference that none of the simple figures shows")
+    elif not found and drifted:
+        found.append("unclear: no simple change explains the figures that drifted")
     return found
 
 
@@ -99,7 +102,7 @@ class _Shifts:
 def _of_the_file(shifts: _Shifts, profile: ReferenceProfile, folder: Folder) -> Iterator[str]:
     if any(f"spacing_{axis}_mm" in shifts.drifted for axis in AXES):
         old, new = (" x ".join(f"{shifts.medians(f'spacing_{axis}_mm')[which]:g}" for axis in AXES) for which in (0, 1))
-        yield f"voxel size: {new} mm, in training {old} mm; coarser voxels are blurred when brought to the model's"
+        yield f"voxel size: {new} mm, in training {old} mm; brought to the model's, they are smoother or sharper"
     elif any(f"extent_{axis}_mm" in shifts.drifted for axis in AXES):
         old, new = (
             " x ".join(f"{shifts.medians(f'extent_{axis}_mm')[which]:.0f}" for axis in AXES) for which in (0, 1)
