@@ -26,6 +26,7 @@ STAGE_1, STAGE_2, STAGE_3 = "train_autoencoder.py", "train_diffusion.py", "infer
 SECTION = {STAGE_1: "autoencoder_train", STAGE_2: "diffusion_train"}
 STATE = {STAGE_1: "autoencoder_last.pt", STAGE_2: "diffusion_last.pt"}
 WEIGHTS = {STAGE_1: ("autoencoder.safetensors", "discriminator.safetensors"), STAGE_2: ("diffusion_unet.safetensors",)}
+PROFILE = "reference_profile.json"
 EPOCHS = CONFIG["autoencoder_train"]["max_epochs"]
 Run = Callable[..., Result]
 
@@ -54,6 +55,8 @@ def require_same_training(desk: Desk, trained: Desk, script: str) -> None:
     for name in WEIGHTS[script]:
         assert equal_states(tensors(desk.model / name), tensors(trained.model / name)), name
         assert card(desk.model / name) == card(trained.model / name), name
+    if script == STAGE_2:  # then stage 2 has added the latents
+        assert (desk.model / PROFILE).read_bytes() == (trained.model / PROFILE).read_bytes()
     one, other = (torch.load(d.model / STATE[script], weights_only=True) for d in (desk, trained))
     assert equal_states(one, other)
 
@@ -99,7 +102,7 @@ def test_everything_is_written_where_the_environment_says(trained: Desk) -> None
     assert tree(trained.home, trained.temporary) == {}
     assert {path.name for path in trained.model.iterdir()} == {
         *("autoencoder.safetensors", "discriminator.safetensors", "diffusion_unet.safetensors"),
-        *("autoencoder_last.pt", "diffusion_last.pt", "split.json", ".lock"),
+        *("autoencoder_last.pt", "diffusion_last.pt", "split.json", PROFILE, ".lock"),
     }
     assert {path.name for path in trained.data.iterdir()} == {"Task01_BrainTumour", "cache"}
 
