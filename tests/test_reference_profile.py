@@ -170,7 +170,9 @@ def test_figures_follow_what_is_done_to_a_volume(brain: np.ndarray) -> None:
     mirrored = image_features(brain[:, ::-1], spacing)
     assert mirrored["brain_skew_y"] == pytest.approx(-plain["brain_skew_y"], rel=1e-3)
     assert mirrored["brain_skew_z"] == pytest.approx(plain["brain_skew_z"], rel=1e-3)
-    assert match(coarse(brain), coarse(brain)) == pytest.approx(1) > match(coarse(brain[:, :, ::-1]), coarse(brain))
+    image = coarse(brain)
+    assert match(image, image) == pytest.approx(1)
+    assert match(coarse(brain[:, :, ::-1]), image) < 0.95
 
 
 @pytest.mark.parametrize("volume", [np.zeros((16, 16, 16)), np.ones((16, 16, 16))])
