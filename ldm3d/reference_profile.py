@@ -44,13 +44,20 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ldm3d import __version__
-from ldm3d.brain import COARSE
+from ldm3d.brain import AXES, COARSE, IMAGE_FEATURES
 from ldm3d.definitions import Strict
 from ldm3d.errors import WeightsError
 from ldm3d.files import write_text
 
 FILE = "reference_profile.json"
 FORMAT_VERSION = 1
+FILE_FEATURES = (
+    *("raw_low", "raw_median", "raw_high"),
+    *(f"spacing_{axis}_mm" for axis in AXES),
+    *(f"extent_{axis}_mm" for axis in AXES),
+)
+FEATURES = (*FILE_FEATURES, *IMAGE_FEATURES, "mean_match")
+FACTS = ("orientation", "scanner")
 
 
 class ProfileLatents(Strict):
@@ -103,12 +110,24 @@ def read_profile(path: Path) -> ReferenceProfile:
     except ValidationError as error:
         first = error.errors()[0]
         raise WeightsError(f"{path}: is no whole profile: {first['loc']}: {first['msg']}") from error
-    if len(profile.mean_image) != COARSE**3:
-        raise WeightsError(f"{path}: is no whole profile: its mean image has {len(profile.mean_image)} values")
+    problem = _what_is_wrong(profile)
+    if problem:
+        raise WeightsError(f"{path}: is no whole profile: {problem}")
+    return profile
+
+
+def _what_is_wrong(profile: ReferenceProfile) -> str:
+    """Of a profile whose types are right; empty where nothing is."""
+    for what, expected, found in (("features", FEATURES, profile.features), ("facts", FACTS, profile.facts)):
+        odd = sorted({*expected} ^ {*found})
+        if odd:
+            return f"its {what} are others than expected: {', '.join(odd[:3])}{' and more' if odd[3:] else ''}"
     lengths = {len(values) for values in profile.features.values()}
     if len(lengths) != 1 or 0 in lengths:
-        raise WeightsError(f"{path}: is no whole profile: its features have {sorted(lengths)} values")
-    return profile
+        return f"its features have {' and '.join(map(str, sorted(lengths)))} values; all must have the same number"
+    if len(profile.mean_image) != COARSE**3:
+        return f"its mean image has {len(profile.mean_image)} values; {COARSE**3} are needed"
+    return ""
 
 
 def write_profile(model_dir: Path, profile: ReferenceProfile) -> None:

@@ -15,9 +15,9 @@ from ldm3d.data import Prepared, on_main
 from ldm3d.errors import DataError, WeightsError
 from ldm3d.latents import LatentCache
 from ldm3d.nifti import orientation_of, read_volume
-from ldm3d.reference_profile import ProfileLatents, ReferenceProfile, read_profile
+from ldm3d.reference_profile import FACTS, ProfileLatents, ReferenceProfile, read_profile
 from ldm3d.schema import Config
-from ldm3d.volume_facts import FEATURES, VolumeFacts, latent_facts, volume_facts
+from ldm3d.volume_facts import VolumeFacts, latent_facts, volume_facts
 
 LARGEST = 256
 """Volumes that are measured: more make a comparison hardly sharper, which is limited by the number of new volumes."""
@@ -54,7 +54,7 @@ def training_profile(cfg: Config, data: Prepared, model_dir: Path) -> ReferenceP
     total = images.sum(0)
     # Each with the mean of the others: no new volume will have a part in the mean either.
     others = (total - images) / max(1, len(images) - 1)
-    features = {name: [facts.features[name] for facts in found] for name in FEATURES}
+    features = {name: [facts.features[name] for facts in found] for name in found[0].features}
     features["mean_match"] = [match(image, mean) for image, mean in zip(images, others, strict=True)]
     return ReferenceProfile(
         trained_on=digest,
@@ -63,10 +63,7 @@ def training_profile(cfg: Config, data: Prepared, model_dir: Path) -> ReferenceP
         spacing=cfg.spacing,
         size=size,
         features={name: sorted(values) for name, values in features.items()},
-        facts={
-            "orientation": dict(sorted(Counter(facts.orientation for facts in found).items())),
-            "scanner": dict(sorted(Counter(facts.scanner for facts in found).items())),
-        },
+        facts={name: dict(sorted(Counter(getattr(facts, name) for facts in found).items())) for name in FACTS},
         mean_image=[rounded(value) for value in (total / len(images)).ravel()],
         # The order is that of a hash, so neighbours are random pairs.
         pair_distances=sorted(

@@ -18,7 +18,7 @@ from ldm3d.checks import examine, share_out
 from ldm3d.errors import DataError, WeightsError
 from ldm3d.files import sha256
 from ldm3d.nifti import orientation_of, spacing_of
-from ldm3d.reference_profile import ReferenceProfile
+from ldm3d.reference_profile import FACTS, FEATURES, ReferenceProfile
 from ldm3d.sections import DataConfig
 from ldm3d.training_profile import LARGEST, drawn
 from ldm3d.volume_facts import latent_facts, volume_facts
@@ -107,16 +107,14 @@ def measure(
 
 def gather(volumes: Mapping[str, NewVolume], unreadable: dict[str, str], found: int, no_latents: str) -> Folder:
     """Single volumes, by name, as a set."""
-    all_of_them = list(volumes.values())
+    each = list(volumes.values())
     return Folder(
         found=found,
-        judged=sorted(volumes),
+        judged=list(volumes),
         unreadable=unreadable,
-        features={name: [volume.features[name] for volume in all_of_them] for name in all_of_them[0].features},
-        facts={
-            key: dict(Counter(getattr(volume, key) for volume in all_of_them)) for key in ("orientation", "scanner")
-        },
-        latents=None if no_latents else np.array([volume.latent for volume in all_of_them]),
+        features={name: [volume.features[name] for volume in each] for name in FEATURES},
+        facts={name: dict(Counter(getattr(volume, name) for volume in each)) for name in FACTS},
+        latents=None if no_latents else np.array([volume.latent for volume in each]),
         no_latents=no_latents,
     )
 
