@@ -12,6 +12,7 @@ that have none. Reading it needs neither torch nor the data.
     size             voxels a side of the model's grid (3): `diffusion_train.patch_size`
     features         name -> N numbers, one for each measured volume, SORTED, each feature by itself; NAMES BELOW
     facts            "orientation", "scanner" -> {value: how many volumes}
+    mean_image       512 numbers: the mean of the measured volumes' 8x8x8 means
     pair_distances   N numbers, sorted: how far two training volumes are apart, for random pairs
     latents          null until stage 2 has encoded; else {"autoencoder_sha256": ..., "rows": N rows of 2 C numbers}
 
@@ -24,13 +25,16 @@ generated volumes live, so that the same function measures these: `intensity_p05
 `brain_spread_z_mm`, `brain_skew_x`, `brain_skew_y`, `brain_skew_z`, `sharpness`, `structure`, `tissue_spread`,
 `dark_share`, `bright_share`, `noise`, `fine_detail`, `shading`.
 
+And `mean_match`: correlation (`ldm3d.brain.match`) of a volume's 8x8x8 means with `mean_image`; of a training volume,
+with the mean of the others.
+
 `pair_distances` is of `ldm3d.brain.distance(coarse(a), coarse(b))`, the root mean square difference of two volumes'
 8x8x8 means: the variety that generated volumes should have too. A row of `latents` holds mean and standard deviation
 over space of each channel of the posterior's mean.
 
-Privacy: no names, no dates, no voxels. Each feature is sorted by itself, so that no line of the file belongs to one
-patient; the rows of `latents` do, but 2 C numbers without any place in them give no image back. Free text of headers
-is never taken, of a BIDS sidecar only manufacturer, model and field strength.
+Privacy: no names, no dates, no voxels but those of the mean image. Each feature is sorted by itself, so that no line of
+the file belongs to one patient; the rows of `latents` do, but 2 C numbers without any place in them give no image back.
+Free text of headers is never taken, of a BIDS sidecar only manufacturer, model and field strength.
 """
 
 import json
@@ -40,12 +44,20 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ldm3d import __version__
+from ldm3d.brain import AXES, COARSE, IMAGE_FEATURES
 from ldm3d.definitions import Strict
 from ldm3d.errors import WeightsError
 from ldm3d.files import write_text
 
 FILE = "reference_profile.json"
 FORMAT_VERSION = 1
+FILE_FEATURES = (
+    *("raw_low", "raw_median", "raw_high"),
+    *(f"spacing_{axis}_mm" for axis in AXES),
+    *(f"extent_{axis}_mm" for axis in AXES),
+)
+FEATURES = (*FILE_FEATURES, *IMAGE_FEATURES, "mean_match")
+FACTS = ("orientation", "scanner")
 
 
 class ProfileLatents(Strict):
@@ -69,6 +81,7 @@ class ReferenceProfile(Strict):
     size: tuple[int, int, int]
     features: dict[str, list[float]]
     facts: dict[str, dict[str, int]]
+    mean_image: list[float]
     pair_distances: list[float]
     latents: ProfileLatents | None = None
 
@@ -97,10 +110,24 @@ def read_profile(path: Path) -> ReferenceProfile:
     except ValidationError as error:
         first = error.errors()[0]
         raise WeightsError(f"{path}: is no whole profile: {first['loc']}: {first['msg']}") from error
+    problem = _what_is_wrong(profile)
+    if problem:
+        raise WeightsError(f"{path}: is no whole profile: {problem}")
+    return profile
+
+
+def _what_is_wrong(profile: ReferenceProfile) -> str:
+    """Of a profile whose types are right; empty where nothing is."""
+    for what, expected, found in (("features", FEATURES, profile.features), ("facts", FACTS, profile.facts)):
+        odd = sorted({*expected} ^ {*found})
+        if odd:
+            return f"its {what} are others than expected: {', '.join(odd[:3])}{' and more' if odd[3:] else ''}"
     lengths = {len(values) for values in profile.features.values()}
     if len(lengths) != 1 or 0 in lengths:
-        raise WeightsError(f"{path}: is no whole profile: its features have {sorted(lengths)} values")
-    return profile
+        return f"its features have {' and '.join(map(str, sorted(lengths)))} values; all must have the same number"
+    if len(profile.mean_image) != COARSE**3:
+        return f"its mean image has {len(profile.mean_image)} values; {COARSE**3} are needed"
+    return ""
 
 
 def write_profile(model_dir: Path, profile: ReferenceProfile) -> None:

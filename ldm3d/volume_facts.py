@@ -7,16 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm3d.brain import AXES, IMAGE_FEATURES, coarse, image_features, rounded
+from ldm3d.brain import coarse, image_features, rounded
 from ldm3d.nifti import spacing_of, stem_of
+from ldm3d.reference_profile import FILE_FEATURES
 from ldm3d.volumes import PERCENTILES, crop_or_pad, percentiles
 
-FILE_FEATURES = (
-    *("raw_low", "raw_median", "raw_high"),
-    *(f"spacing_{axis}_mm" for axis in AXES),
-    *(f"extent_{axis}_mm" for axis in AXES),
-)
-FEATURES = FILE_FEATURES + IMAGE_FEATURES
 UNKNOWN = "unknown"
 # Of BIDS. Serial numbers, institutions, dates and free text would tell who was scanned.
 _SCANNER_KEYS = ("Manufacturer", "ManufacturersModelName", "MagneticFieldStrength")
@@ -29,7 +24,7 @@ class VolumeFacts(NamedTuple):
     """Of one volume."""
 
     features: dict[str, float]
-    """By the names in `FEATURES`."""
+    """By the names in `FILE_FEATURES` and `IMAGE_FEATURES`."""
     orientation: str
     """Where the file's axes point, `RAS`."""
     scanner: str

@@ -21,11 +21,13 @@ from ldm3d.config import load_config
 from ldm3d.files import sha256
 from ldm3d.networks import build_autoencoder, build_unet
 from ldm3d.nifti import read_volume, spacing_of
+from ldm3d.reference_profile import read_profile
 
 STAGE_1, STAGE_2, STAGE_3 = "train_autoencoder.py", "train_diffusion.py", "inference.py"
 SECTION = {STAGE_1: "autoencoder_train", STAGE_2: "diffusion_train"}
 STATE = {STAGE_1: "autoencoder_last.pt", STAGE_2: "diffusion_last.pt"}
 WEIGHTS = {STAGE_1: ("autoencoder.safetensors", "discriminator.safetensors"), STAGE_2: ("diffusion_unet.safetensors",)}
+PROFILE = "reference_profile.json"
 EPOCHS = CONFIG["autoencoder_train"]["max_epochs"]
 Run = Callable[..., Result]
 
@@ -54,6 +56,8 @@ def require_same_training(desk: Desk, trained: Desk, script: str) -> None:
     for name in WEIGHTS[script]:
         assert equal_states(tensors(desk.model / name), tensors(trained.model / name)), name
         assert card(desk.model / name) == card(trained.model / name), name
+    if script == STAGE_2:  # then stage 2 has added the latents
+        assert (desk.model / PROFILE).read_bytes() == (trained.model / PROFILE).read_bytes()
     one, other = (torch.load(d.model / STATE[script], weights_only=True) for d in (desk, trained))
     assert equal_states(one, other)
 
@@ -99,7 +103,7 @@ def test_everything_is_written_where_the_environment_says(trained: Desk) -> None
     assert tree(trained.home, trained.temporary) == {}
     assert {path.name for path in trained.model.iterdir()} == {
         *("autoencoder.safetensors", "discriminator.safetensors", "diffusion_unet.safetensors"),
-        *("autoencoder_last.pt", "diffusion_last.pt", "split.json", ".lock"),
+        *("autoencoder_last.pt", "diffusion_last.pt", "split.json", PROFILE, ".lock"),
     }
     assert {path.name for path in trained.data.iterdir()} == {"Task01_BrainTumour", "cache"}
 
@@ -115,6 +119,16 @@ def test_weights_describe_themselves(trained: Desk) -> None:
     assert autoencoder["definition"]["channels"] == [8, 8] and autoencoder["definition"]["patchify"] == 2
     assert unet["schedule"]["type"] == "rflow" and unet["latent_shape"] == [4, 6, 8, 6]
     assert unet["autoencoder_sha256"] == sha256(trained.model / "autoencoder.safetensors")
+
+
+def test_the_profile_is_of_these_data_and_these_weights(trained: Desk) -> None:
+    profile = read_profile(trained.model)
+    described = card(trained.model / "autoencoder.safetensors")
+    assert (profile.trained_on, profile.num_train) == (described["trained_on"], NUM_TRAIN)
+    assert (list(profile.spacing), list(profile.size)) == ([6, 6, 6], CONFIG["diffusion_train"]["patch_size"])
+    assert len(profile.features["noise"]) == NUM_TRAIN and "BRATS" not in (trained.model / PROFILE).read_text()
+    assert profile.latents and profile.latents.autoencoder_sha256 == sha256(trained.model / "autoencoder.safetensors")
+    assert [len(row) for row in profile.latents.rows] == [2 * CONFIG["latent_channels"]] * NUM_TRAIN
 
 
 def test_tensorboard_shows_what_is_promised(trained: Desk) -> None:

@@ -9,7 +9,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ldm3d import __version__
-from mlops.api import problems
+from mlops.api import problems, tracing
 from mlops.api.audit import AuditLog
 from mlops.api.catalogue import Catalogue
 from mlops.api.jobs import open_store
@@ -56,6 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
         dependencies=[Depends(authorise), Depends(count_request)],
         separate_input_output_schemas=False,
         generate_unique_id_function=operation_id,
+        telemetry=tracing.of_requests(),
     )
     app.state.settings = settings
     oidc = None

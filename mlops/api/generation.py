@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from ldm3d.montage import montage
 from ldm3d.nifti import stem_of
 from ldm3d.samples import file_name, write_sample
 from ldm3d.sampling import Sampler, VolumeId
-from mlops.api import metrics
+from mlops.api import metrics, tracing
 from mlops.api.jobs import JobStore
 from mlops.api.records import Outcome, Record
 from mlops.api.schemas import FileInfo, Progress
@@ -45,11 +46,14 @@ class Task:
     deadline: float
     missing: list[VolumeId] = field(default_factory=list)
     in_batch: int = 0
+    span: Any = None
 
     def __post_init__(self) -> None:
         """Volumes that a worker before has made whole are not made again."""
         request = self.record.request
         self.missing = [v for v in map(self._volume, range(request.num)) if not self.preview(v).exists()]
+        names = {"ldm3d.job": self.record.id, "ldm3d.model": request.model, "ldm3d.version": self.record.version}
+        self.span = tracing.begin("job", self.record.traceparent, **names)
 
     def _volume(self, number: int) -> VolumeId:
         return VolumeId(self.record.request.seed, number)
@@ -125,6 +129,7 @@ class Generation:
         finally:
             for task in self.tasks:
                 self.store.release(task.record.id)
+                tracing.end(task.span, "given back")
         return [task.record.id for task in self.tasks]
 
     def _begin(self, record: Record) -> None:
@@ -178,13 +183,19 @@ class Generation:
 
     def _sample(self, batch: list[tuple[Task, VolumeId]], tasks: list[Task]) -> None:
         request, record = tasks[0].record.request, tasks[0].record
-        started = time.perf_counter()
-        values = self.sampler.sample_volumes(
-            [volume for _, volume in batch],
-            request.scheduler,
-            request.steps,
-            lambda step: self._watch(step / request.steps, tasks),
-        )
+        started, began = time.perf_counter(), time.time_ns()
+        stepped = began
+
+        def on_step(step: int) -> None:
+            nonlocal stepped
+            stepped = time.time_ns()
+            self._watch(step / request.steps, tasks)
+
+        volumes = [volume for _, volume in batch]
+        values = self.sampler.sample_volumes(volumes, request.scheduler, request.steps, on_step)
+        for task in tasks:
+            tracing.part(task.span, "sampling", began, stepped, **{"ldm3d.volumes": len(batch)})
+            tracing.part(task.span, "decoding", stepped, time.time_ns(), **{"ldm3d.volumes": len(batch)})
         if not torch.isfinite(values).all():
             raise UserError("the model made NaN or infinity")
         metrics.BATCH_SECONDS.labels(request.model, record.version).observe(time.perf_counter() - started)
@@ -241,6 +252,7 @@ class Generation:
         record = task.record
         self.store.finish(record.id, outcome)
         self.tasks.remove(task)  # not before: a job that could not be ended is given back
+        tracing.end(task.span, outcome.state, outcome.error)
         labels = (record.request.model, record.version)
         metrics.count_end(*labels, bool(record.shadow_of), outcome.state)
         if outcome.state == "done" and not record.shadow_of:

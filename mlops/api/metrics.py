@@ -97,6 +97,13 @@ STARTED = Gauge("ldm3d_start_time_seconds", "When the process began.", multiproc
 STARTED.set(time.time())
 
 
+# A worker by itself knows nothing of these: its zeros would be read as figures.
+OF_THE_WEB_PROCESS = (
+    *(REQUESTS, REQUEST_SECONDS, JOBS_ACCEPTED, JOBS_REFUSED, CALLER_VOLUMES),
+    *(QUEUE_JOBS, RUNNING_JOBS, OLDEST_SECONDS, QUEUE_LIMIT, DISK_LIMIT, DISK_FREE, WORKERS, READY, AUDIT_FAILED),
+)
+
+
 def count_end(model: str, version: str, is_shadow: bool, state: str) -> None:
     """Count a job that has ended."""
     JOBS_ENDED.labels(model, version, "yes" if is_shadow else "no", state).inc()
@@ -116,6 +123,8 @@ def exposition() -> tuple[bytes, str]:
 
 def serve(port: int) -> None:
     """Serve the metrics of a worker that runs without a web process beside it, on all addresses."""
+    for metric in OF_THE_WEB_PROCESS:
+        REGISTRY.unregister(metric)
     start_http_server(port, registry=_registry())
 
 

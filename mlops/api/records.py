@@ -35,6 +35,8 @@ class Record(BaseModel):
     """Room that its volumes may take."""
     shadow_of: str | None = None
     """The job whose request it repeats, to compare versions; nobody sees it."""
+    traceparent: str | None = None
+    """The request's span, where requests are traced."""
 
 
 class Outcome(BaseModel):

@@ -10,7 +10,7 @@ from typing import cast
 from fastapi import Request
 
 from ldm3d.errors import ConfigError, OutputError
-from mlops.api import metrics
+from mlops.api import metrics, tracing
 from mlops.api.callers import Caller
 from mlops.api.catalogue import ActiveModel, ActiveSet, ActiveVersion, Catalogue
 from mlops.api.jobs import JobStore, KeyReused, Refused
@@ -137,6 +137,7 @@ class Service:
             assigned_by=assigned_by,
             weights_sha256=version.weights_sha256,
             result_bytes=request.num * volume_bytes,
+            traceparent=tracing.here(),
         )
 
     def _accept_shadows(self, record: Record, model: ActiveModel, asked: SampleRequest, caller: Caller) -> None:

@@ -18,7 +18,7 @@ from ldm3d.allocator import keep_freed_memory
 from ldm3d.console import log
 from ldm3d.errors import ConfigError, OutputError, UserError, WeightsError
 from ldm3d.files import write_text
-from mlops.api import device, metrics
+from mlops.api import device, metrics, tracing
 from mlops.api.catalogue import activate, prepare, read_active
 from mlops.api.generation import Generation
 from mlops.api.jobs import JobStore, open_store
@@ -260,6 +260,7 @@ def main() -> int:
         settings = load_settings()
         if settings.worker_metrics_port and not args.attached:  # beside a web process that serves them
             metrics.serve(settings.worker_metrics_port)
+        tracing.start("ldm3d-worker")
         worker = Worker(settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.stopping.set())
@@ -267,6 +268,7 @@ def main() -> int:
         if args.attached:
             threading.Thread(target=die_with_parent, args=(worker.stopping,), daemon=True).start()
         worker.run()
+        tracing.stop()
     except UserError as error:
         print(f"error: {error.one_line()}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -133,9 +133,11 @@ def serve(settings: Settings) -> int:
     """Serve until a signal comes."""
     import uvicorn
 
+    from mlops.api import tracing
     from mlops.api.app import create_app
     from mlops.api.connections import GuardedProtocol
 
+    tracing.start("ldm3d-api")
     app = create_app(settings)
     config = uvicorn.Config(
         app,
@@ -169,6 +171,7 @@ def serve(settings: Settings) -> int:
             raise
     finally:
         workers.end()
+        tracing.stop()
     return EXIT_USER_ERROR if refused.is_set() else 0
 
 

@@ -191,7 +191,9 @@ def compare(data_dir: Path, one: Version, other: Version, alpha: float) -> str:
     volumes_of_a_unit = (a.volumes_of_a_unit + b.volumes_of_a_unit) / 2
     say = _Speaker(names, volumes_of_a_unit)
     units = "callers" if by_caller else "jobs"
-    lines = [f"{name}: {len(s.jobs)} jobs, {len(s.units)} {units}" for name, s in zip(names, (a, b), strict=True)]
+    lines = [
+        f"{name}: {len(s.jobs)} jobs, {len(s.units)} {units} by chance" for name, s in zip(names, (a, b), strict=True)
+    ]
     lines += [
         say("success", difference_of_shares(a.successes(), b.successes(), share), 1, "jobs that are done: {:+.1%}"),
         say(

@@ -71,7 +71,7 @@ class Watcher:
         for job in reversed(jobs):
             if time.monotonic() - started > LOOK_SECONDS:
                 break
-            self._seen[job.record.id] = job.version
+            self._seen[job.folder.name] = job.version
             if self._read(job):
                 changed.add(job.version)
         for version in changed:
@@ -88,7 +88,7 @@ class Watcher:
                 new.append(job)
                 counts[job.version] = counts.get(job.version, 0) + len(job.volumes())
             else:
-                self._seen[job.record.id] = job.version
+                self._seen[job.folder.name] = job.version
         return new
 
     def _unseen(self, names: list[str]) -> Iterator[FinishedJob]:
