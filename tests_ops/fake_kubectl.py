@@ -1,7 +1,7 @@
-"""Stands in for kubectl: writes down how it was called, and answers as it was told. `kustomize` is handed to the real one.
+"""Stands in for kubectl: writes down how it was called, and answers as it was told; the real one does `kustomize`.
 
-FAKE_KUBECTL is a folder. `answers.json` holds [pattern, exit status, output] in order; the first pattern that is found in
-the call's words answers, otherwise nothing is said, with status 0. `calls.jsonl` gets a line for each call.
+FAKE_KUBECTL is a folder. `answers.json` holds [pattern, exit status, output] in order; the first pattern that is found
+in the call's words answers, otherwise nothing is said, with status 0. `calls.jsonl` gets a line for each call.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What schemas miss in Jobs and trainings: that they are counted right, find each other, and go on after an eviction."""
+"""What schemas miss in Jobs and trainings: that they are counted right, find each other, go on after an eviction."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def job_faults(objects: list[Object]) -> list[str]:
     for pod in pods(objects):
         if pod.labels.get(COMPONENT) == "train":
             faults += [f"{pod.title}: {fault}" for fault in _training(pod, objects)]
-    return faults + [*_same_but_for_the_stage(objects)]
+    return [*faults, *_same_but_for_the_stage(objects)]
 
 
 def _job(job: Object, objects: list[Object]) -> Iterator[str]:

@@ -109,7 +109,7 @@ def ingress(objects: list[Object]) -> Iterator[str]:
             backend = path["backend"]["service"]
             wanted = [s for s in of_kind(objects, "Service") if s["metadata"]["name"] == backend["name"]]
             if not wanted or backend["port"]["name"] not in [p["name"] for p in wanted[0]["spec"]["ports"]]:
-                yield f"{me}: {path['path']}: there is no Service {backend['name']} with a port {backend['port']['name']}"
+                yield f"{me}: there is no Service {backend['name']} with a port {backend['port']['name']}"
         for _, route, _ in ROUTES:
             if _handed_on(route, paths) == (route in NOT_FOR_THE_WORLD):
                 yield f"{me}: {route} is {'' if route in NOT_FOR_THE_WORLD else 'not '}handed on"

