@@ -83,6 +83,15 @@ def num_channels(path: str | Path) -> int:
     return shape[3] if len(shape) == 4 else 1
 
 
+def orientation_of(path: str | Path) -> str:
+    """Where the axes of a file's voxels point: `RAS` to the right, front and top. Only its header is read.
+
+    Raises:
+        DataError: as `read_volume`.
+    """
+    return "".join(nib.aff2axcodes(_checked_affine(path, _opened(path))))
+
+
 def _opened(path: str | Path) -> Any:
     """The image with its header read and its dimensions checked, its voxels not."""
     try:

@@ -272,6 +272,18 @@ def test_names_from_the_queue_that_are_none(store: JobStore, name: str) -> None:
     assert store.claim(name, "worker") is None
 
 
+def test_shadows_go_first_where_room_is_short(store: JobStore) -> None:
+    file = {"name": "a", "bytes": 4000, "media_type": "x", "sha256": ""}
+    names = []
+    for shadow_of in (None, "x", None):
+        made = record(shadow_of=shadow_of)
+        store.accept_shadow(made)
+        end(store, made.id, files=[file])
+        names.append(made.id)
+    assert expire(store) == 8000
+    assert [store.record(name) is None for name in names] == [False, True, False]
+
+
 def test_shadows_cost_nobody_a_place(store: JobStore) -> None:
     for _ in range(5):
         store.accept_shadow(record(shadow_of="x"))

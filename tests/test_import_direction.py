@@ -15,9 +15,10 @@ ROOMS = """
     errors files rendezvous distributed lock json_lines console definitions sections samplers cards schema config
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
+    brain volume_facts reference_profile
     randomness networks losses diffusion weights encoding allocator kernels training latents checkpoint
     mlflow_tracking profiling tracking progress slabs decoding_costs decoding sampling samples tutorial
-    montage features metrics report interior copies
+    montage features metrics report interior copies training_profile
     autoencoder_stage diffusion_stage replay signals run
     live_bytes sampling_memory perceptual_shape memory_phases memory_advice memory
 """

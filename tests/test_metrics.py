@@ -7,10 +7,11 @@ from monai.metrics import SSIMMetric
 from scipy import ndimage
 from torchmetrics.image.kid import poly_mmd
 
+from ldm3d.brain import brain_mask
 from ldm3d.copies import TrainingSet, copy_check
 from ldm3d.errors import DataError
 from ldm3d.features import FeatureSpace, extract
-from ldm3d.interior import brain_mask, interior
+from ldm3d.interior import interior
 from ldm3d.metrics import TooFewVolumes, diversity, fidelity, ms_ssim, ms_ssim_settings, reconstruction
 from ldm3d.phantom import make_phantom
 

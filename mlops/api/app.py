@@ -32,6 +32,7 @@ from mlops.api.security import (
 )
 from mlops.api.service import Service
 from mlops.api.settings import Settings
+from mlops.api.usage import Usage
 
 STATIC = Path(__file__).with_name("static")
 DESCRIPTION = "Generates 3D brain MRI volumes. What it generates is not a patient, and this is not a medical device."
@@ -68,6 +69,7 @@ def create_app(settings: Settings) -> FastAPI:
         catalogue=Catalogue(settings.data_dir),
         rate=RateLimit(settings.requests_per_minute, settings.queue_url),
         streams=Streams(settings.max_streams),
+        usage=Usage(settings.data_dir),
     )
     problems.install(app)
     app.add_exception_handler(Unauthenticated, refuse_key)

@@ -245,8 +245,6 @@ class Generation:
         metrics.count_end(*labels, bool(record.shadow_of), outcome.state)
         if outcome.state == "done" and not record.shadow_of:
             metrics.JOB_SECONDS.labels(*labels).observe((outcome.finished - record.created).total_seconds())
-        if record.shadow_of:
-            self.store.delete(record.id)
 
 
 def _said_to_caller(error: Exception) -> str:

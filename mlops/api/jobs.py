@@ -62,6 +62,9 @@ class JobStore:
         max_jobs_per_caller: that wait or run.
         max_queue: that wait or run, of everybody.
         max_disk_bytes: of results.
+
+    Raises:
+        OutputError: the folder cannot be written.
     """
 
     def __init__(
@@ -71,8 +74,11 @@ class JobStore:
         self.max_jobs_per_caller, self.max_queue = max_jobs_per_caller, max_queue
         self.data_dir = data_dir
         self.jobs, self.unfinished = data_dir / "jobs", data_dir / "unfinished"
-        for folder in (self.jobs, self.unfinished, data_dir / "callers"):
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in (self.jobs, self.unfinished, data_dir / "callers"):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{data_dir}: cannot be written: {error.strerror}") from error
 
     # Accepting.
 

@@ -20,7 +20,7 @@ from prometheus_client import (
     start_http_server,
 )
 
-KINDS = ("counter", "histogram", "gauge_mostrecent", "gauge_livesum", "gauge_min")
+KINDS = ("counter", "histogram", "gauge_mostrecent", "gauge_livemostrecent", "gauge_livesum", "gauge_min")
 RESERVED_BYTES = 2**20
 
 
@@ -62,9 +62,37 @@ RUNNING_JOBS = Gauge("ldm3d_running_jobs", "Jobs that run.", multiprocess_mode="
 OLDEST_SECONDS = Gauge(
     "ldm3d_queue_oldest_seconds", "Age of the oldest job that waits.", multiprocess_mode="mostrecent"
 )
+QUEUE_LIMIT = Gauge("ldm3d_queue_limit_jobs", "Jobs that may wait or run.", multiprocess_mode="mostrecent")
 DISK_BYTES = Gauge("ldm3d_results_bytes", "Room that results take.", multiprocess_mode="mostrecent")
+DISK_LIMIT = Gauge("ldm3d_results_limit_bytes", "Room that results may take.", multiprocess_mode="mostrecent")
+DISK_FREE = Gauge("ldm3d_data_free_bytes", "Free on the disk of the data folder.", multiprocess_mode="mostrecent")
+READY = Gauge("ldm3d_ready", "1 if a request would be worked on, as /ready says.", multiprocess_mode="mostrecent")
+AUDIT_FAILED = Gauge("ldm3d_audit_failed", "1 while the audit log cannot be written.", multiprocess_mode="mostrecent")
+RELOAD_FAILED = Gauge(
+    "ldm3d_reload_failed", "1 if models.yaml could not be served when it was last read.", multiprocess_mode="mostrecent"
+)
+CALLER_VOLUMES = Counter(
+    "ldm3d_caller_volumes", "Volumes asked for, by pseudonym of the caller.", ["caller", "model", "version"]
+)
 WORKERS = Gauge("ldm3d_workers", "Workers by what they do.", ["state"], multiprocess_mode="mostrecent")
 MODELS_LOADED = Gauge("ldm3d_models_loaded", "Versions in memory of a worker.", multiprocess_mode="livesum")
+WORKER_BYTES = Gauge("ldm3d_worker_memory_bytes", "Resident memory of the workers.", multiprocess_mode="livesum")
+# Several workers on one device tell the same of it.
+DEVICE_USED = Gauge(
+    "ldm3d_device_memory_used_bytes",
+    "Memory that nobody can have any more; of cpu, within the container's limit.",
+    ["device"],
+    multiprocess_mode="livemostrecent",
+)
+DEVICE_TOTAL = Gauge(
+    "ldm3d_device_memory_total_bytes", "All memory of the device.", ["device"], multiprocess_mode="livemostrecent"
+)
+DEVICE_USE = Gauge(
+    "ldm3d_device_use_ratio",
+    "Share of the time that the device computes; of cpu, the worker's share of its cores.",
+    ["device"],
+    multiprocess_mode="livemostrecent",
+)
 STARTED = Gauge("ldm3d_start_time_seconds", "When the process began.", multiprocess_mode="min")
 STARTED.set(time.time())
 
@@ -72,6 +100,13 @@ STARTED.set(time.time())
 def count_end(model: str, version: str, is_shadow: bool, state: str) -> None:
     """Count a job that has ended."""
     JOBS_ENDED.labels(model, version, "yes" if is_shadow else "no", state).inc()
+
+
+def expect(model: str, version: str) -> None:
+    """Begin to count at 0 what may happen to a version: a first failure must be seen as a rise."""
+    for is_shadow in ("yes", "no"):
+        for state in ("done", "failed"):
+            JOBS_ENDED.labels(model, version, is_shadow, state)
 
 
 def exposition() -> tuple[bytes, str]:

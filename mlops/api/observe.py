@@ -47,6 +47,7 @@ class Observe:
         self.app, self.audit = app, audit
         # After the first entry that could not be written.
         self._failed = False
+        metrics.AUDIT_FAILED.set(0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,6 +82,7 @@ class Observe:
 
     def _works_again(self) -> bool:
         self._failed = not self._record(what="audit log", outcome="works again")
+        metrics.AUDIT_FAILED.set(self._failed)
         return not self._failed
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
@@ -109,6 +111,7 @@ class Observe:
             self.audit.record(**entry)
         except UserError as error:
             log.error("%s; until it can be written nothing is changed", error)
+            metrics.AUDIT_FAILED.set(1)
             return False
         return True
 

@@ -75,11 +75,11 @@ def _outcome(path: Path, changed: int) -> Outcome:
     return Outcome.model_validate_json(path.read_bytes())
 
 
-def create_once(path: Path, content: str) -> bool:
+def create_once(path: Path, content: str, mode: int = 0o666) -> bool:
     """Make a file that is whole and on disk; False if it is there already, or its folder is not."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        with open(temporary, "x") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

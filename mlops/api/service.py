@@ -20,6 +20,7 @@ from mlops.api.queue import LATE, RELOAD, URGENT, Queue, QueueDown
 from mlops.api.records import Record, new_job_id
 from mlops.api.schemas import Job, SampleRequest
 from mlops.api.settings import Settings
+from mlops.api.usage import Usage
 from mlops.api.validation import FieldError, find_model, validate_request
 
 log = logging.getLogger("ldm3d.service")
@@ -41,6 +42,7 @@ class Service:
     catalogue: Catalogue
     rate: RateLimit
     streams: Streams
+    usage: Usage
     _places: tuple[float, dict[str, int]] = field(default=(0.0, {}))
 
     def active(self) -> ActiveSet:
@@ -110,6 +112,7 @@ class Service:
             raise problem(503, "this service's disk is full, or cannot be written to") from error
         if is_new:
             metrics.JOBS_ACCEPTED.labels(model.name, version.version, "no").inc()
+            self.usage.count(caller.id, model.name, version.version, record.request.num)
             self._enqueue(record.id)
             try:
                 self._accept_shadows(record, model, asked, caller)

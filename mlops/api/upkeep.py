@@ -57,16 +57,19 @@ def _recover(store: JobStore, name: str, is_alive: Callable[[str], bool]) -> Non
 
 
 def expire(store: JobStore) -> int:
-    """Remove finished jobs that are too old, and the oldest ones where there is too little room.
+    """Remove finished jobs that are too old, and the oldest ones where there is too little room: shadows first, which
+    nobody but the monitor waits for.
 
     Returns:
         Bytes that the results take which are left.
     """
     _mend(store)
-    finished = sorted((o.finished, name, sum(f.bytes for f in o.files)) for name, o in _finished(store))
-    room = store.max_disk_bytes - sum(size for _, _, size in finished)
+    finished = sorted(
+        (not _is_shadow(store, name), o.finished, name, sum(f.bytes for f in o.files)) for name, o in _finished(store)
+    )
+    room = store.max_disk_bytes - sum(size for *_, size in finished)
     limit = datetime.now(UTC) - store.retention
-    for when, name, size in finished:
+    for _, when, name, size in finished:
         if when < limit or room < 0:
             store.delete(name)
             room += size
@@ -86,6 +89,11 @@ def _mend(store: JobStore) -> None:
             (store.unfinished / name).touch()
         elif age_seconds(folder) > SETTLED_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_shadow(store: JobStore, name: str) -> bool:
+    record = store.record(name)
+    return record is not None and record.shadow_of is not None
 
 
 def _finished(store: JobStore) -> Iterator[tuple[str, Outcome]]:

@@ -1,6 +1,7 @@
 """Copies of weights that never change: what was accepted once is served, whatever happens to its source."""
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -16,10 +17,14 @@ from safetensors import SafetensorError, safe_open
 
 from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard, Card, DiffusionCard, not_whole, read_card
 from ldm3d.errors import OutputError, WeightsError
-from ldm3d.files import sha256
+from ldm3d.files import sha256, write_text
+from ldm3d.reference_profile import FILE as PROFILE
+from ldm3d.reference_profile import read_profile
 from mlops.api.models_file import registry_version
 from mlops.api.records import flush_folder
 from mlops.api.registry import download
+
+log = logging.getLogger("ldm3d.service")
 
 FILES = (AUTOENCODER, UNET)
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -51,7 +56,8 @@ def store_dir(data_dir: Path) -> Path:
 def store(source: str, data_dir: Path, max_voxels: int) -> StoredVersion:
     """Copy weights into the store, or find them there.
 
-    Of the source only `autoencoder.safetensors` and `diffusion_unet.safetensors` are read. Symbolic links are followed
+    Of the source only `autoencoder.safetensors`, `diffusion_unet.safetensors` and, if it is there,
+    `reference_profile.json` are read. Symbolic links are followed
     and `../` is allowed: where weights come from is the operator's to say. Tensors that are none of the networks' are
     found when the networks are built, by the worker's trial.
 
@@ -79,6 +85,7 @@ def store(source: str, data_dir: Path, max_voxels: int) -> StoredVersion:
             for name in FILES:
                 _require_finite(copy / name, folder / name)
             _publish(copy, target)
+        _bring_profile(folder, target, card)
         os.utime(target)
     return StoredVersion(target.name, target, digests, card, shape)
 
@@ -236,3 +243,18 @@ def _publish(copy: Path, target: Path) -> None:
     else:
         copy.rename(target)
     flush_folder(target.parent)
+
+
+def _bring_profile(folder: Path, target: Path, card: DiffusionCard) -> None:
+    """Keep what the training data were like beside the copy, for the monitor. Nothing is served less for want of it."""
+    if not (folder / PROFILE).is_file():
+        return
+    try:
+        if read_profile(folder).trained_on != card.trained_on:
+            raise WeightsError(f"{folder / PROFILE}: is of other training data than the weights beside it")
+    except WeightsError as error:
+        log.warning("%s; it is not used", error.one_line())
+        return
+    text = (folder / PROFILE).read_text(encoding="utf-8")
+    if not (target / PROFILE).is_file() or (target / PROFILE).read_text(encoding="utf-8") != text:
+        write_text(target / PROFILE, text)

@@ -18,7 +18,7 @@ from ldm3d.allocator import keep_freed_memory
 from ldm3d.console import log
 from ldm3d.errors import ConfigError, OutputError, UserError, WeightsError
 from ldm3d.files import write_text
-from mlops.api import metrics
+from mlops.api import device, metrics
 from mlops.api.catalogue import activate, prepare, read_active
 from mlops.api.generation import Generation
 from mlops.api.jobs import JobStore, open_store
@@ -50,10 +50,10 @@ class Worker:
         self.settings = settings
         self.store: JobStore = open_store(settings)
         self.queue = Queue(settings.queue_url, settings.data_dir / "queue.sqlite")
-        device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.models = Models(settings.data_dir / "models", device, settings.max_batch, settings.memory_gib)
+        place = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.models = Models(settings.data_dir / "models", place, settings.max_batch, settings.memory_gib)
         hangs_after = max(settings.job_seconds, LEAST_PATIENCE_SECONDS)
-        self.presence = Presence(settings.data_dir / "workers", str(device), hangs_after)
+        self.presence = Presence(settings.data_dir / "workers", str(place), hangs_after)
         self._trial = settings.data_dir / "trial.json"
         self.stopping = threading.Event()
         self.reload_asked = threading.Event()
@@ -71,6 +71,7 @@ class Worker:
             if error and read_active(self.settings.data_dir) is None:
                 raise UserError(error)
             self._warm_up()
+            device.watch(self.models.device)
             pause = POLL_SECONDS
             while not self.stopping.is_set():
                 try:
@@ -154,6 +155,8 @@ class Worker:
                 self._try_out(digest, name)
             activate(wanted, data_dir)
             served = wanted.digests
+            for version in wanted.versions:
+                metrics.expect(version.model, version.version)
             log(f"serving {', '.join(version.name for version in wanted.versions)}")
         except UserError as problem:
             error = problem.one_line()
@@ -161,6 +164,7 @@ class Worker:
         except Exception as problem:  # weights of strange shapes fail anywhere in torch
             error = f"a new version failed when it was tried: {type(problem).__name__}"
             log(f"warning: models were not changed: {error}: {problem}")
+        metrics.RELOAD_FAILED.set(error is not None)
         self._tidy_versions(served)
         try:
             if name:

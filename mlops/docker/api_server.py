@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from ldm3d.errors import ConfigError, UserError  # noqa: E402
+from ldm3d.errors import ConfigError, OutputError, UserError  # noqa: E402
 from mlops.api.settings import Settings, load_settings  # noqa: E402
 from mlops.commands import EXIT_USER_ERROR, Parser  # noqa: E402
 
@@ -115,10 +115,17 @@ def parse() -> argparse.Namespace:
 
 
 def count_into_files(settings: Settings) -> None:
-    """Let all processes of this machine count their metrics in one folder, which begins empty."""
+    """Let all processes of this machine count their metrics in one folder, which begins empty.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
     folder = settings.data_dir / "metrics" / f"{socket.gethostname()[:40]}-{settings.port}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{settings.data_dir}: cannot be written: {error.strerror}") from error
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder.resolve())
 
 

@@ -72,7 +72,7 @@ start_api() {
     echo "the first key; it is shown this once:"
     python -m mlops.api.keys create --name "$(id -un)" --role admin
   fi
-  docker rm --force ldm3d-api >/dev/null 2>&1 || true
+  if [ -n "$(docker ps --all --quiet --filter 'name=^ldm3d-api$')" ]; then docker rm --force ldm3d-api >/dev/null; fi
   docker run --detach --name ldm3d-api --restart unless-stopped --publish 127.0.0.1:8000:8000 "${flags[@]}" \
     "$image" "$@" >/dev/null
   for _ in {1..60}; do

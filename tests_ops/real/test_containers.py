@@ -123,9 +123,15 @@ def test_a_wrong_stage_says_which_there_are(image: str) -> None:
     assert (done.returncode, done.stderr) == (2, "error: STAGE 'unet': must be autoencoder or diffusion\n")
 
 
-def test_without_keys_it_does_not_listen_to_everybody(image: str) -> None:
-    done = run(image, check=False, LDM3D_PORT=0)
+def test_without_keys_it_does_not_listen_to_everybody(image: str, volume: str) -> None:
+    done = run(image, f"--volume={volume}-empty:/data", check=False, LDM3D_PORT=0)
     assert done.returncode == 2 and "key" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("mode", ["api", "worker"])
+def test_without_a_volume_it_says_what_cannot_be_written(image: str, mode: str) -> None:
+    done = run(image, check=False, MODE=mode)
+    assert (done.returncode, done.stderr) == (2, "error: /data: cannot be written: Read-only file system\n")
 
 
 def test_only_the_dev_image_has_jupyter(image: str) -> None:

@@ -1,5 +1,6 @@
 """Whether the service lives, whether it can work, and its figures."""
 
+import shutil
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -30,10 +31,14 @@ async def health() -> Health:
 )
 def ready(response: Response, service: ServiceOf) -> Readiness:
     """Whether a request would be worked on: queue reachable, models known, weights loaded by a worker that lives."""
-    checks = {"queue": _queue(service), "models": _models(service), "workers": _workers(service)}
+    checks = _checks(service)
     is_ready = set(checks.values()) == {"ok"}
     response.status_code = 200 if is_ready else 503
     return Readiness(ready=is_ready, checks=checks)
+
+
+def _checks(service: Service) -> dict[str, str]:
+    return {"queue": _queue(service), "models": _models(service), "workers": _workers(service)}
 
 
 def _queue(service: Service) -> str:
@@ -70,12 +75,16 @@ def get_metrics(service: ServiceOf) -> Response:
 
 
 def _look_around(service: Service) -> None:
-    store = service.store
+    store, settings = service.store, service.settings
     waiting, unfinished = store.waiting_ids(), store.unfinished_ids()
     oldest = store.record(waiting[0]) if waiting else None
     metrics.QUEUE_JOBS.set(len(waiting))
     metrics.RUNNING_JOBS.set(len(unfinished) - len(waiting))
     metrics.OLDEST_SECONDS.set((datetime.now(UTC) - oldest.created).total_seconds() if oldest else 0)
-    states = [worker.state for worker in workers(service.settings.data_dir / "workers")]
+    metrics.QUEUE_LIMIT.set(settings.max_queue)
+    metrics.DISK_LIMIT.set(store.max_disk_bytes)
+    metrics.DISK_FREE.set(shutil.disk_usage(settings.data_dir).free)
+    metrics.READY.set(set(_checks(service).values()) == {"ok"})
+    states = [worker.state for worker in workers(settings.data_dir / "workers")]
     for state in ("starting", "idle", "busy", "asleep"):
         metrics.WORKERS.labels(state).set(states.count(state))
