@@ -22,6 +22,7 @@ from ldm3d.randomness import StepRandom
 from ldm3d.replay import kept_for_replay, replay
 from ldm3d.run import Run
 from ldm3d.schema import Config
+from ldm3d.training_profile import training_profile
 
 # What a good start needs to have seen of the training set.
 FIRST_LOOK = 32
@@ -46,6 +47,7 @@ def main() -> None:
                 dry_run(stage, loaders, run)
             else:
                 with run.writing():
+                    run.profile = training_profile(cfg, data, env.model_dir)
                     fit(stage, loaders, run, position, facts)
 
 
@@ -149,6 +151,7 @@ def judge(
     if measures["l1"] < position.best:
         position.best = measures["l1"]
         stage.publish(run.env.model_dir, {**facts, "step": position.step}, measures)
+        run.publish_profile()
     return measures
 
 

@@ -25,6 +25,7 @@ from ldm3d.replay import kept_for_replay, replay
 from ldm3d.run import Run
 from ldm3d.sampling import Sampler
 from ldm3d.schema import Config
+from ldm3d.training_profile import training_profile, with_latents
 from ldm3d.weights import check_definition, load_autoencoder
 
 # Of the volumes generated for TensorBoard: always the same noise, so that pictures of different epochs compare.
@@ -48,7 +49,8 @@ def main() -> None:
         warn_if_too_large(cfg, "diffusion", run.device)
         autoencoder, card = load_autoencoder(env.model_dir)
         check_definition(env.model_dir / AUTOENCODER, card.definition, cfg.autoencoder_def, "autoencoder_def")
-        latents = encode(autoencoder, card, prepare_data(cfg, env), run)
+        data = prepare_data(cfg, env)
+        latents = encode(autoencoder, card, data, run)
         run.fingerprint = fingerprint(cfg, latents.facts)
         volumes_a_step = cfg.diffusion_train.batch_size * cfg.diffusion_train.accumulate_steps
         sampler = EpochSampler(len(latents.train), volumes_a_step, cfg.seed)
@@ -63,6 +65,8 @@ def main() -> None:
                 dry_run(stage, latents, sampler, run)
             else:
                 with run.writing():
+                    profile = training_profile(cfg, data, env.model_dir)
+                    run.profile = with_latents(profile, latents.train, latents.facts["autoencoder_sha256"])
                     fit(stage, latents, sampler, run, position)
 
 
@@ -174,6 +178,7 @@ def judge(stage: DiffusionStage, latents: Latents, run: Run, position: Position)
     if losses["loss"] < position.best:
         position.best = losses["loss"]
         stage.publish(run.env.model_dir, {**latents.facts, "step": position.step}, losses)
+        run.publish_profile()
     return losses
 
 

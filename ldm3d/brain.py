@@ -83,17 +83,23 @@ def rounded(value: float) -> float:
 
 
 def coarse(volume: np.ndarray) -> np.ndarray:
-    """(8, 8, 8) means of a volume (X, Y, Z) of at least 8 voxels a side."""
+    """(8, 8, 8) means of a volume (X, Y, Z); of an axis with fewer voxels some stand there more than once."""
     for axis, length in enumerate(volume.shape):
         edges = np.linspace(0, length, COARSE + 1).astype(int)
         shape = [-1 if a == axis else 1 for a in range(3)]
-        volume = np.add.reduceat(volume, edges[:-1], axis) / np.diff(edges).reshape(shape)
+        volume = np.add.reduceat(volume, edges[:-1], axis) / np.maximum(np.diff(edges), 1).reshape(shape)
     return volume
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
     """Root mean square difference of two `coarse` images."""
     return rounded(np.sqrt(np.mean(np.square(one - other))))
+
+
+def match(image: np.ndarray, mean: np.ndarray) -> float:
+    """Pearson correlation of two `coarse` images: what is turned or mirrored is unlike the mean of what is not."""
+    a, b = image - image.mean(), mean - mean.mean()
+    return rounded(float((a * b).sum()) / max(float(np.sqrt(np.square(a).sum() * np.square(b).sum())), 1e-12))
 
 
 def brain_mask(volume: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ that have none. Reading it needs neither torch nor the data.
     size             voxels a side of the model's grid (3): `diffusion_train.patch_size`
     features         name -> N numbers, one for each measured volume, SORTED, each feature by itself; NAMES BELOW
     facts            "orientation", "scanner" -> {value: how many volumes}
+    mean_image       512 numbers: the mean of the measured volumes' 8x8x8 means
     pair_distances   N numbers, sorted: how far two training volumes are apart, for random pairs
     latents          null until stage 2 has encoded; else {"autoencoder_sha256": ..., "rows": N rows of 2 C numbers}
 
@@ -24,13 +25,16 @@ generated volumes live, so that the same function measures these: `intensity_p05
 `brain_spread_z_mm`, `brain_skew_x`, `brain_skew_y`, `brain_skew_z`, `sharpness`, `structure`, `tissue_spread`,
 `dark_share`, `bright_share`, `noise`, `fine_detail`, `shading`.
 
+And `mean_match`: correlation (`ldm3d.brain.match`) of a volume's 8x8x8 means with `mean_image`; of a training volume,
+with the mean of the others.
+
 `pair_distances` is of `ldm3d.brain.distance(coarse(a), coarse(b))`, the root mean square difference of two volumes'
 8x8x8 means: the variety that generated volumes should have too. A row of `latents` holds mean and standard deviation
 over space of each channel of the posterior's mean.
 
-Privacy: no names, no dates, no voxels. Each feature is sorted by itself, so that no line of the file belongs to one
-patient; the rows of `latents` do, but 2 C numbers without any place in them give no image back. Free text of headers
-is never taken, of a BIDS sidecar only manufacturer, model and field strength.
+Privacy: no names, no dates, no voxels but those of the mean image. Each feature is sorted by itself, so that no line of
+the file belongs to one patient; the rows of `latents` do, but 2 C numbers without any place in them give no image back.
+Free text of headers is never taken, of a BIDS sidecar only manufacturer, model and field strength.
 """
 
 import json
@@ -40,6 +44,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ldm3d import __version__
+from ldm3d.brain import COARSE
 from ldm3d.definitions import Strict
 from ldm3d.errors import WeightsError
 from ldm3d.files import write_text
@@ -69,6 +74,7 @@ class ReferenceProfile(Strict):
     size: tuple[int, int, int]
     features: dict[str, list[float]]
     facts: dict[str, dict[str, int]]
+    mean_image: list[float]
     pair_distances: list[float]
     latents: ProfileLatents | None = None
 
@@ -97,6 +103,8 @@ def read_profile(path: Path) -> ReferenceProfile:
     except ValidationError as error:
         first = error.errors()[0]
         raise WeightsError(f"{path}: is no whole profile: {first['loc']}: {first['msg']}") from error
+    if len(profile.mean_image) != COARSE**3:
+        raise WeightsError(f"{path}: is no whole profile: its mean image has {len(profile.mean_image)} values")
     lengths = {len(values) for values in profile.features.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise WeightsError(f"{path}: is no whole profile: its features have {sorted(lengths)} values")

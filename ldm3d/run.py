@@ -13,6 +13,7 @@ from ldm3d.checkpoint import Checkpoints
 from ldm3d.errors import CheckpointError, ConfigError
 from ldm3d.lock import only_writer
 from ldm3d.progress import Position
+from ldm3d.reference_profile import ReferenceProfile, write_profile
 from ldm3d.schema import Config, Environment
 from ldm3d.signals import Stopped, StopRequest
 from ldm3d.tracking import Tracker
@@ -22,7 +23,8 @@ from ldm3d.tracking import Tracker
 class Run:
     """What a training run stands on: its settings, its device, its tracker, its checkpoints.
 
-    `fingerprint` says what must not differ when the run is resumed; the script sets it when it knows its data.
+    `fingerprint` says what must not differ when the run is resumed, `profile` what its training data are like; the
+    script sets both when it knows its data.
     """
 
     cfg: Config
@@ -33,6 +35,7 @@ class Run:
     resume: bool
     init_from: Path | None
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    profile: ReferenceProfile | None = None
     stop: StopRequest = field(default_factory=StopRequest)
 
     @contextmanager
@@ -49,6 +52,11 @@ class Run:
 
     def save(self, stage: Any, position: Position) -> None:
         self.checkpoints.save(position.state(stage.state_dict(), self.fingerprint))
+
+    def publish_profile(self) -> None:
+        """Write what the training data are like beside the weights that were published, from rank 0."""
+        if self.profile and distributed.is_main():
+            write_profile(self.env.model_dir, self.profile)
 
     def load(self, stage: Any, steps_per_epoch: int) -> Position:
         """Bring `stage` to where the newest checkpoint stands. Raises `CheckpointError`."""

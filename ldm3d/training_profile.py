@@ -5,8 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ldm3d import distributed
-from ldm3d.brain import distance
+from ldm3d.brain import distance, match, rounded
 from ldm3d.cases import Case
 from ldm3d.checks import share_out
 from ldm3d.data import Prepared, on_main
@@ -33,7 +35,8 @@ def training_profile(cfg: Config, data: Prepared, model_dir: Path) -> ReferenceP
     digest = data.digest()
     kept = on_main(lambda: _kept(model_dir))
     if kept and (kept.trained_on, kept.spacing, kept.size) == (digest, cfg.spacing, size):
-        return kept
+        # Its latents are those of the autoencoder that was there.
+        return kept.model_copy(update={"latents": None})
     by_name = {case.name: case for case in data.split.train}
     names = drawn(list(by_name), LARGEST)
 
@@ -47,27 +50,34 @@ def training_profile(cfg: Config, data: Prepared, model_dir: Path) -> ReferenceP
         if isinstance(outcome, DataError):
             raise outcome
         found.append(outcome)
+    images = np.array([facts.coarse for facts in found])
+    total = images.sum(0)
+    # Each with the mean of the others: no new volume will have a part in the mean either.
+    others = (total - images) / max(1, len(images) - 1)
+    features = {name: [facts.features[name] for facts in found] for name in FEATURES}
+    features["mean_match"] = [match(image, mean) for image, mean in zip(images, others, strict=True)]
     return ReferenceProfile(
         trained_on=digest,
         num_train=len(by_name),
         channel=cfg.channel,
         spacing=cfg.spacing,
         size=size,
-        features={name: sorted(facts.features[name] for facts in found) for name in FEATURES},
+        features={name: sorted(values) for name, values in features.items()},
         facts={
             "orientation": dict(sorted(Counter(facts.orientation for facts in found).items())),
             "scanner": dict(sorted(Counter(facts.scanner for facts in found).items())),
         },
+        mean_image=[rounded(value) for value in (total / len(images)).ravel()],
         # The order is that of a hash, so neighbours are random pairs.
         pair_distances=sorted(
-            distance(one.coarse, other.coarse) for one, other in zip(found, found[1:] + found[:1], strict=True)
+            distance(one, other) for one, other in zip(images, np.roll(images, 1, axis=0), strict=True)
         ),
     )
 
 
 def with_latents(profile: ReferenceProfile, cache: LatentCache, autoencoder_sha256: str) -> ReferenceProfile:
     """Add the facts of the training volumes' latents, from their cache; on other ranks than 0 nothing is read."""
-    if not distributed.is_main() or (profile.latents and profile.latents.autoencoder_sha256 == autoencoder_sha256):
+    if not distributed.is_main():
         return profile
     places = {name: i for i, name in enumerate(cache.cases)}
     rows = [latent_facts(cache.posteriors[places[name], 0, 0]) for name in drawn(cache.cases, LARGEST)]

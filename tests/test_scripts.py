@@ -99,7 +99,7 @@ def test_everything_is_written_where_the_environment_says(trained: Desk) -> None
     assert tree(trained.home, trained.temporary) == {}
     assert {path.name for path in trained.model.iterdir()} == {
         *("autoencoder.safetensors", "discriminator.safetensors", "diffusion_unet.safetensors"),
-        *("autoencoder_last.pt", "diffusion_last.pt", "split.json", ".lock"),
+        *("autoencoder_last.pt", "diffusion_last.pt", "split.json", "reference_profile.json", ".lock"),
     }
     assert {path.name for path in trained.data.iterdir()} == {"Task01_BrainTumour", "cache"}
 

@@ -1,0 +1,136 @@
+"""How often drift is reported where there is none, and how often where there is: on phantoms of another seed.
+
+    python -m benchmarks.drift --measured results/drift.pickle
+
+Measuring 1600 fresh phantoms, and 100 of them in eleven changed ways, takes half an hour on two cores, so it is kept in
+a file; judging takes minutes. Folders of 8 are disjoint; larger ones are drawn from the same phantoms, each without
+repetition, and share some.
+"""
+
+import argparse
+import multiprocessing
+import pickle
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.drift_cases import CHANGES
+from benchmarks.measure import arguments, table, write_result
+from ldm3d.console import progress
+from ldm3d.phantom import make_phantom
+from ldm3d.reference_profile import ReferenceProfile, read_profile
+from mlops.monitoring.data_drift import ALPHA, compare
+from mlops.monitoring.drift_folder import Encode, Folder, NewVolume, encoder, gather, measure
+from mlops.monitoring.drift_words import causes
+
+MODEL, SEED = Path("checkpoints/demo"), 1000
+SIZES, DRAWS, DRAWS_OF_CHANGED = (8, 20, 50), 200, 100
+UNCHANGED = "as it is"
+Measured = dict[str, NewVolume]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--measured", type=Path, required=True, help="where measured phantoms are kept")
+    parser.add_argument("--volumes", type=int, default=1600, help="fresh phantoms")
+    parser.add_argument("--changed", type=int, default=100, help="how many of them are changed too")
+    parser.add_argument("--processes", type=int, default=2, help="that measure")
+    args = parser.parse_args()
+    if args.tiny:
+        args.volumes, args.changed, args.processes = 8, 8, 1
+    volumes = measured(args)
+    profile = read_profile(MODEL)
+    draws = 3 if args.tiny else DRAWS
+    sizes = SIZES[:1] if args.tiny else SIZES
+    false_alarms = [alarms(profile, volumes, UNCHANGED, size, draws) for size in sizes]
+    changed = [
+        alarms(profile, volumes, change, size, min(draws, DRAWS_OF_CHANGED))
+        for change in CHANGES
+        if change != UNCHANGED
+        for size in sizes
+    ]
+    print(table(false_alarms))
+    print(table(changed))
+    write_result(
+        args.output,
+        {
+            "alpha": ALPHA,
+            "phantoms": len(volumes),
+            "changed_phantoms": sum(len(volume) > 1 for volume in volumes),
+            "seed": SEED,
+            "reference_volumes": len(next(iter(profile.features.values()))),
+            "false_alarms": false_alarms,
+            "changed": changed,
+        },
+    )
+
+
+def measured(args: argparse.Namespace) -> list[Measured]:
+    """Each phantom as it is and, the first ones, changed; what an interrupted run has measured is not done again."""
+    rows: list[Measured] = pickle.loads(args.measured.read_bytes()) if args.measured.is_file() else []  # noqa: S301
+    missing = range(len(rows), args.volumes)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, context) as pool:
+        found = pool.map(phantom, missing, [number < args.changed for number in missing])
+        for row in progress(found, "measuring phantoms", total=len(missing), unit="phantom"):
+            rows.append(row)
+            if len(rows) % 50 == 0:
+                args.measured.write_bytes(pickle.dumps(rows))
+    args.measured.write_bytes(pickle.dumps(rows))
+    return rows[: args.volumes]
+
+
+def phantom(number: int, changed: bool) -> Measured:
+    torch.set_num_threads(1)
+    profile, encode = tools()
+    made = make_phantom(SEED, number)
+    row = {}
+    for name, change in CHANGES.items():
+        if changed or name == UNCHANGED:
+            raw, affine = change(made, np.random.default_rng([SEED, number]))
+            row[name] = measure(Path("phantom.nii"), "RAS", raw, affine, profile, encode)
+    return row
+
+
+@cache
+def tools() -> tuple[ReferenceProfile, Encode]:
+    profile = read_profile(MODEL)
+    encode, why_not = encoder(profile, MODEL)
+    assert encode, why_not
+    return profile, encode
+
+
+def alarms(profile: ReferenceProfile, rows: list[Measured], change: str, size: int, draws: int) -> dict[str, Any]:
+    """How many of so many folders raise an alarm, by which figures, and what is said to be the cause."""
+    volumes = [row[change] for row in rows if change in row]
+    random = np.random.default_rng(0)
+    count, blamed, said = 0, Counter[str](), Counter[str]()
+    for draw in range(draws):
+        disjoint = range(draw * size, (draw + 1) * size)
+        numbers = disjoint if disjoint.stop <= len(volumes) else random.choice(len(volumes), size, replace=False)
+        folder = as_folder([volumes[i] for i in numbers])
+        drifted = [c.name for c in compare(profile, folder) if c.p_value < ALPHA]
+        count += bool(drifted)
+        blamed.update(drifted)
+        said.update(cause.split(":")[0] for cause in causes(drifted, profile, folder)[:1])
+    return {
+        "change": change,
+        "volumes": size,
+        "folders": draws,
+        "alarms": count,
+        "by": dict(blamed.most_common(4)),
+        "first cause": dict(said.most_common(3)),
+    }
+
+
+def as_folder(volumes: list[NewVolume]) -> Folder:
+    return gather({f"{i:04d}": volume for i, volume in enumerate(volumes)}, {}, len(volumes), "")
+
+
+if __name__ == "__main__":
+    main()
