@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -146,8 +146,13 @@ def verify(folder: Path, after: str = BEGINNING) -> Findings:
     Raises:
         DataError: there is no log, or it cannot be read.
     """
+    return follow(read_files(folder), after)
+
+
+def follow(files: Iterable[tuple[str, list[bytes]]], after: str = BEGINNING) -> Findings:
+    """The same for files that were read already: names and lines with newlines, oldest first."""
     walk = _Walk(after)
-    for name, lines in read_files(folder):
+    for name, lines in files:
         for number, (line, following) in enumerate(pairwise([*lines, b""]), 1):
             walk.step(f"{name} line {number}", line, following)
         walk.found.files += 1

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
 from ldm3d.console import log
-from ldm3d.errors import ConfigError, OutputError
+from ldm3d.errors import OutputError
 from ldm3d.files import atomic_path, require_writable, sha256
+from mlops.remote import patiently, reach
 
 RETRY_SECONDS = (1.0, 4.0, 15.0)
 """How long to wait before each further try of something that a remote file system did not do."""
@@ -75,14 +75,7 @@ def open_store(output: str) -> Store:
     protocol = get_protocol(output)
     if protocol in ("file", "local"):
         return LocalStore(Path(output.removeprefix(f"{protocol}://")))
-    try:
-        filesystem, root = url_to_fs(output)
-    except ImportError as error:
-        package = getattr(error.__cause__, "name", None) or getattr(error, "name", None)
-        wanted = f"the package {package}, which is not installed: pip install {package}" if package else str(error)
-        raise ConfigError(f"{output}: {protocol}:// needs {wanted}") from error
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{output}: {_one_line(error)}; take a folder, s3://, gs:// or abfs://") from error
+    filesystem, root = reach(output)
     return RemoteStore(filesystem, root, output)
 
 
@@ -216,19 +209,4 @@ class RemoteStore(Store):
             FileExistsError: said by the file system.
             OutputError: all else.
         """
-        for seconds in (*RETRY_SECONDS, None):
-            try:
-                return action()
-            except (FileNotFoundError, FileExistsError):
-                raise
-            except Exception as error:  # each file system's library has kinds of its own
-                trouble = f"{self.name}: {name}: {_one_line(error)}"
-                if seconds is None or isinstance(error, PermissionError | NotImplementedError):
-                    raise OutputError(trouble) from error
-            log(f"warning: {trouble}; again in {seconds:g} s")
-            time.sleep(seconds)
-        raise AssertionError("the last try returns or raises")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        return patiently(f"{self.name}: {name}", action, RETRY_SECONDS, log)

@@ -1,0 +1,1 @@
+"""Backups of weights, data splits and the audit log: made, kept for a while, verified and restored."""
