@@ -263,6 +263,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
         "no pod has a port http",
     ),
     "a monitor of nothing": (lambda o: o.remove(get(o, "PodMonitor", "ldm3d-worker")), "does not ask worker"),
+    "a job that no alert knows": (
+        lambda o: get(o, "PodMonitor", "ldm3d-worker")["spec"]["podMetricsEndpoints"][0].pop("relabelings"),
+        "nothing is scraped as the job ldm3d-worker",
+    ),
     # jobs
     "a Job that never ends": (
         lambda o: training(o)["template"]["spec"].update(restartPolicy="Always"),
