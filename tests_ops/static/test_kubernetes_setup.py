@@ -28,7 +28,7 @@ class Cluster:
         self.folder = folder
         kubectl = folder / "bin/kubectl"
         kubectl.parent.mkdir()
-        kubectl.write_text(f'#!/bin/sh\nexec {sys.executable} {FAKE} "$@"\n')
+        kubectl.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {FAKE} "$@"\n')
         kubectl.chmod(0o755)
 
     def run(self, *words: object, answers: Answers = [], stdin: str = "") -> "subprocess.CompletedProcess[str]":  # noqa: B006
@@ -287,3 +287,41 @@ def test_delete_with_data_removes_the_namespace(cluster: Cluster) -> None:
     done = cluster.run("delete", "--data", "--yes", answers=[("delete", 1, "forbidden\n")])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: namespace ldm3d with everything in it: failed")
+
+
+def test_the_real_kubectl_understands_every_call(cluster: Cluster) -> None:
+    """It gets as far as asking a server, which is not there."""
+    calls = set()
+    for words in (
+        ["apply"],
+        ["status"],
+        ["health"],
+        ["logs", "api", "-f"],
+        ["delete", "--yes"],
+        ["delete", "--data", "--yes"],
+    ):
+        there = [("get (deployments --sel|pods --sel)", 0, "one\n"), ("keys list", 0, KEY)]
+        cluster.run(*words, answers=there)
+        calls |= {record["call"] for record in cluster.records}
+    assert len(calls) > 15
+    nowhere = ["--server=http://127.0.0.1:9", "--request-timeout=2s"]
+    processes = {
+        call: subprocess.Popen(
+            ["kubectl", *nowhere, *call.split()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for call in calls
+    }
+    manifest = "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: a\n"
+    for call, process in processes.items():
+        said = process.communicate(manifest, timeout=60)[0]
+        assert "refused" in said, f"{call}: {said}"
+
+
+def test_a_call_that_kubectl_does_not_understand_would_be_seen() -> None:
+    programs.need("kubectl")
+    done = programs.run("kubectl", "--server=http://127.0.0.1:9", "get", "pods", "--selecter", "a=b")
+    assert "refused" not in done.stdout + done.stderr
