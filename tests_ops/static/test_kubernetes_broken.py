@@ -294,6 +294,11 @@ BROKEN: dict[str, tuple[Break, str]] = {
     ),
     "a meeting place of another port": (lambda o: set_launch(o, ":29500", ":29400"), "port 29400"),
     "more processes than GPUs": (lambda o: set_launch(o, "node=1", "node=8"), "--nproc-per-node=8, but 1 GPU"),
+    "a training that gives up with a pod": (lambda o: set_launch(o, "restarts=3", "restarts=0"), "must allow restarts"),
+    "a training that hangs when a pod was replaced": (
+        lambda o: set_env(o, "train-diffusion", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0"),
+        "or hangs when a pod was replaced",
+    ),
     "pods that cannot be found in time": (
         lambda o: get(o, "Service", "ldm3d-train")["spec"].pop("publishNotReadyAddresses"),
         "before they are ready",
