@@ -1,24 +1,25 @@
-"""Stands in for kubectl: writes down how it was called, and answers as it was told. `kustomize` is handed to the real one.
+"""Stands in for kubectl: writes down how it was called, and answers as it was told; the real one does `kustomize`.
 
-FAKE_KUBECTL is a folder. `answers.json` holds [pattern, exit status, output] in order; the first pattern that is found in
-the call's words answers, otherwise nothing is said, with status 0. `calls.jsonl` gets a line for each call.
+FAKE_KUBECTL is a folder. `answers.json` holds [pattern, exit status, output] in order; the first pattern that is found
+in the call's words answers, otherwise nothing is said, with status 0. `calls.jsonl` gets a line for each call.
 """
 
 import json
 import os
 import re
 import sys
-from pathlib import Path
 
 
 def main() -> int:
-    folder, words = Path(os.environ["FAKE_KUBECTL"]), sys.argv[1:]
+    folder, words = os.environ["FAKE_KUBECTL"], sys.argv[1:]
     if words[0] == "kustomize":
         os.execv(os.environ["REAL_KUBECTL"], ["kubectl", *words])
     reads = any(word in ("-", "--from-file=password=/dev/stdin") for word in words)
-    with open(folder / "calls.jsonl", "a") as calls:
+    with open(f"{folder}/calls.jsonl", "a") as calls:
         calls.write(json.dumps({"call": " ".join(words), "stdin": sys.stdin.read() if reads else ""}) + "\n")
-    for pattern, code, output in json.loads((folder / "answers.json").read_text()):
+    with open(f"{folder}/answers.json") as file:
+        answers = json.load(file)
+    for pattern, code, output in answers:
         if re.search(pattern, " ".join(words)):
             print(output, end="", file=sys.stderr if code else sys.stdout)
             return int(code)

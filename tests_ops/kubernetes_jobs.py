@@ -1,4 +1,4 @@
-"""What schemas miss in Jobs and trainings: that they are counted right, find each other, and go on after an eviction."""
+"""What schemas miss in Jobs and trainings: that they are counted right, find each other, go on after an eviction."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def job_faults(objects: list[Object]) -> list[str]:
     for pod in pods(objects):
         if pod.labels.get(COMPONENT) == "train":
             faults += [f"{pod.title}: {fault}" for fault in _training(pod, objects)]
-    return faults + [*_same_but_for_the_stage(objects)]
+    return [*faults, *_same_but_for_the_stage(objects)]
 
 
 def _job(job: Object, objects: list[Object]) -> Iterator[str]:
@@ -36,7 +36,7 @@ def _job(job: Object, objects: list[Object]) -> Iterator[str]:
     if restart != "Never":
         yield f"restartPolicy {restart}: must be Never"
     ignored = [rule for rule in policy if rule["action"] == "Ignore"]
-    if component != "data" and {"type": "DisruptionTarget", "status": "True"} not in [
+    if {"type": "DisruptionTarget", "status": "True"} not in [
         condition for rule in ignored for condition in rule["onPodConditions"]
     ]:
         yield "podFailurePolicy must not count evictions (Ignore DisruptionTarget)"
@@ -68,12 +68,16 @@ def _training(pod: Pod, objects: list[Object]) -> Iterator[str]:
     args, launch = " ".join(container["args"]), value_of(container, "TORCHRUN_ARGS") or ""
     if "--resume auto" not in args:
         yield "must have --resume auto, to start and to go on with the same command"
-    if "--max-restarts=" not in launch:
-        yield "TORCHRUN_ARGS must allow restarts: all pods start again when one was replaced"
+    if not launch:
+        yield "TORCHRUN_ARGS must not be empty, or entrypoint.sh does without torchrun"
     if not any(mount["mountPath"] == "/dev/shm" for mount in container["volumeMounts"]):
         yield "needs a volume at /dev/shm"
+    if pod.owner["kind"] != "TrainingRuntime" and value_of(container, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        yield "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or hangs when a pod was replaced"
     if pod.owner["kind"] != "CronJob":  # the operator says the rest
         return
+    if int(dict(re.findall(r"--([\w-]+)=(\d+)", launch)).get("max-restarts", 0)) < 1:
+        yield "TORCHRUN_ARGS must allow restarts: all processes start again when a pod was replaced"
     options = dict(re.findall(r"--([\w-]+)=(\S+)", launch))
     gpus = container["resources"]["limits"].get(GPU, 1)
     if options.get("nproc-per-node") != str(gpus):

@@ -21,7 +21,6 @@ FLOWS = {
     ("monitoring", "api", 8000),
     ("monitoring", "worker", 9101),
     ("monitoring", "monitor", 9108),
-    ("monitor", "api", 8000),
     ("api", "redis", 6379),
     ("worker", "redis", 6379),
     ("train", "train", ANY),
@@ -109,7 +108,7 @@ def ingress(objects: list[Object]) -> Iterator[str]:
             backend = path["backend"]["service"]
             wanted = [s for s in of_kind(objects, "Service") if s["metadata"]["name"] == backend["name"]]
             if not wanted or backend["port"]["name"] not in [p["name"] for p in wanted[0]["spec"]["ports"]]:
-                yield f"{me}: {path['path']}: there is no Service {backend['name']} with a port {backend['port']['name']}"
+                yield f"{me}: there is no Service {backend['name']} with a port {backend['port']['name']}"
         for _, route, _ in ROUTES:
             if _handed_on(route, paths) == (route in NOT_FOR_THE_WORLD):
                 yield f"{me}: {route} is {'' if route in NOT_FOR_THE_WORLD else 'not '}handed on"
@@ -262,7 +261,28 @@ def monitors(objects: list[Object]) -> Iterator[str]:
             if endpoint["port"] not in ports:
                 yield f"{title(found)}: no pod has a port {endpoint['port']}"
     if of_kind(objects, "ServiceMonitor", "PodMonitor"):
+        for job in re.findall(r'\bjob="([^"]+)"', str(of_kind(objects, "PrometheusRule"))):
+            if job not in _jobs(objects):
+                yield f"PrometheusRule: nothing is scraped as the job {job}"
         yield from (f"Prometheus does not ask {name}" for name in {"api", "worker", "monitor"} - asked)
+
+
+def _jobs(objects: list[Object]) -> set[str]:
+    """What the Prometheus operator calls that which it scrapes: by the Service's name, a pod's as it is told."""
+    told = [
+        relabelling["replacement"]
+        for found in of_kind(objects, "PodMonitor")
+        for endpoint in found["spec"]["podMetricsEndpoints"]
+        for relabelling in endpoint.get("relabelings", [])
+        if relabelling["targetLabel"] == "job"
+    ]
+    selectors = [found["spec"]["selector"] for found in of_kind(objects, "ServiceMonitor")]
+    named = [
+        service["metadata"]["name"]
+        for service in of_kind(objects, "Service")
+        if any(matches(selector, service["metadata"]["labels"]) for selector in selectors)
+    ]
+    return {*told, *named}
 
 
 def accounts(objects: list[Object]) -> Iterator[str]:

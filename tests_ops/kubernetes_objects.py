@@ -25,7 +25,7 @@ def _rendered(overlay: str) -> str:
 
 
 def render(overlay: str) -> list[Object]:
-    """What `kubectl kustomize` makes of an overlay; of one that only adds to the service, with the service's objects."""
+    """What `kubectl kustomize` makes of an overlay; with the service's objects, where it only adds to them."""
     objects: list[Object] = json.loads(_rendered(overlay))
     return objects if overlay in SERVICE_OVERLAYS else render("gpu") + objects
 

@@ -1,6 +1,7 @@
 """What schemas miss in one template of pods: rights, volumes, variables, commands, images, quantities."""
 
 import ast
+import itertools
 import os
 import re
 from decimal import Decimal
@@ -88,7 +89,7 @@ def volumes(pod: Pod, objects: list[Object]) -> list[str]:
 
 
 def variables(pod: Pod, objects: list[Object]) -> list[str]:
-    """Variables that the program knows, with values that it takes; references to those before; Secrets that are made."""
+    """Variables that the program knows, with values that it takes; references backwards; Secrets that are made."""
     faults = []
     for container in pod.containers:
         values: dict[str, str] = {}
@@ -179,7 +180,7 @@ def commands(pod: Pod, objects: list[Object]) -> list[str]:
             continue
         given = [word.split("=")[0] for word in args if word.startswith("-")]
         faults += [f"{script} has no option {option}" for option in given if option not in known]
-        for option, value in zip(args, args[1:], strict=False):
+        for option, value in itertools.pairwise(args):
             if option == "-c" and not (programs.ROOT / value).is_file():
                 faults.append(f"there is no configuration {value}")
             if option == "-e" and not _mounted(pod, container, value, objects):

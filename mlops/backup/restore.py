@@ -47,6 +47,8 @@ def restore(vault: Vault, name: str, source: Source, target: Path, overwrite: bo
                 _require_inside([target / file.path for file in source.files], target)
                 for file in source.files:
                     _move(Path(staging) / file.path, target / file.path)
+                for folder in {(target / file.path).parent for file in source.files}:
+                    flush_folder(folder)
         (target / LOCK).unlink(missing_ok=True)
     except Timeout as error:
         raise OutputError(f"{target}: another restore is at work there; wait for its end") from error
@@ -86,8 +88,7 @@ def _fetch(vault: Vault, name: str, file: SavedFile, staging: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if file.private else 0o644)
     with open(handle, "wb") as out:
-        for chunk in vault.chunks(name, file.sha256, file.size):
-            out.write(chunk)
+        vault.get(name, file.sha256, file.size, out)
         out.flush()
         os.fsync(out.fileno())
 
@@ -111,4 +112,3 @@ def _move(path: Path, target: Path) -> None:
     private = path.stat().st_mode & 0o077 == 0
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
     path.replace(target)
-    flush_folder(target.parent)

@@ -25,7 +25,7 @@ from mlops.backup.manifest import checked_path
 CHUNK_BYTES = 2**20
 TRIES = 20
 PAUSE_SECONDS = 0.25
-DATA_FOLDER = ("active.json", "models/*/*.safetensors", "audit/audit*.jsonl")
+DATA_FOLDER = ("active.json", "models/*/*.safetensors", "audit/**/audit*.jsonl")
 """What is kept of the service's folder. Volumes can be made again from their seeds; the rest is of the moment."""
 SECRETS = ("keys.json", "*.key", "*.pem")
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ldm3d.errors import ConfigError, DataError, OutputError
 from ldm3d.files import write_text
@@ -101,33 +101,25 @@ class Vault:
             raise ConfigError(f"{self.address}: has no backup {name}; list shows which there are") from error
         return read_manifest(text, f"{self.address}/{name}/{MANIFEST}")
 
-    def chunks(self, name: str, digest: str, size: int) -> Iterator[bytes]:
-        """A file's content, piece by piece; only at its end it is known to be right.
+    def get(self, name: str, digest: str, size: int, target: BinaryIO | None = None) -> None:
+        """Read a file's content, and write it to `target`, which is right only when this returns.
 
         Raises:
             DataError: it is missing or damaged.
-            OutputError: it cannot be read.
+            OutputError: it cannot be read, or `target` not written to.
         """
         path = self._path(name, digest)
-        found, count = hashlib.sha256(), 0
         try:
-            for chunk in self._read(path, size):
-                found.update(chunk)
-                count += len(chunk)
-                yield chunk
+            self._do(path, partial(self._get, path, digest, size, target))
         except FileNotFoundError as error:
             raise DataError(f"{path}: is missing") from error
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be read: {error.strerror or error}") from error
-        if count != size or found.hexdigest() != digest:
-            raise DataError(f"{path}: is damaged")
 
     def problems(self, name: str, content: Content) -> list[str]:
         """Read everything; what of it is missing or not as it was stored."""
         problems = []
         for digest, size in content.objects.items():
             try:
-                self._do(name, partial(self._read_all, name, digest, size))
+                self.get(name, digest, size)
             except DataError as error:
                 problems.append(str(error))
         return problems
@@ -201,9 +193,25 @@ class Vault:
         if left <= 0:
             raise DataError(f"{path}: is larger than it should be")
 
-    def _read_all(self, name: str, digest: str, size: int) -> None:
-        for _ in self.chunks(name, digest, size):
-            pass
+    def _get(self, path: str, digest: str, size: int, target: BinaryIO | None) -> None:
+        if target:
+            target.seek(0)
+            target.truncate()
+        found, count = hashlib.sha256(), 0
+        for chunk in self._read(path, size):
+            found.update(chunk)
+            count += len(chunk)
+            if target:
+                _write(target, chunk)
+        if count != size or found.hexdigest() != digest:
+            raise DataError(f"{path}: is damaged")
 
     def _do(self, what: str, action: Any) -> Any:
         return patiently(f"{self.address}: {what}", action)
+
+
+def _write(target: BinaryIO, chunk: bytes) -> None:
+    try:
+        target.write(chunk)
+    except OSError as error:  # not the place's fault
+        raise OutputError(f"{target.name}: cannot be written: {error.strerror}") from error

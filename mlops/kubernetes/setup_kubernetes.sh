@@ -60,10 +60,11 @@ cluster_answers() {
 redis_password() {
   local found
   found=$(kube get secret ldm3d-redis --ignore-not-found --output name) || return 1
-  [[ -z $found ]] || return 0
-  od -An -N32 -tx1 /dev/urandom | tr -d ' \n' |
-    kube create secret generic ldm3d-redis --from-file=password=/dev/stdin || return 1
-  kube label secret ldm3d-redis "$ours"
+  if [[ -z $found ]]; then
+    od -An -N32 -tx1 /dev/urandom | tr -d ' \n' |
+      kube create secret generic ldm3d-redis --from-file=password=/dev/stdin || return 1
+  fi
+  kube label --overwrite secret ldm3d-redis "$ours"
 }
 
 runs() {
