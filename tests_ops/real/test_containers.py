@@ -139,6 +139,18 @@ def test_only_the_dev_image_has_jupyter(image: str) -> None:
     assert (done.returncode, done.stderr) == (2, "error: MODE=jupyter: only the dev image has Jupyter\n")
 
 
+@pytest.mark.parametrize(
+    "module", ["mlops.batch", "mlops.backup", "mlops.monitoring.model_monitor", "mlops.monitoring.data_drift"]
+)
+def test_it_has_what_the_other_programs_need(image: str, module: str) -> None:
+    assert "usage: " in python(image, "-m", module, "--help")
+
+
+def test_it_reaches_object_storage_and_receivers_of_traces(image: str) -> None:
+    known = "import fsspec; [fsspec.get_filesystem_class(name) for name in ('s3', 'abfs')]"
+    python(image, "-c", f"{known}; import opentelemetry.exporter.otlp.proto.http, mlflow")
+
+
 def test_it_generates_the_brain_that_the_script_generates(image: str, volume: str, service: SERVICE) -> None:
     _, client = service
     assert client.get("/health").json() == {"status": "alive"}
