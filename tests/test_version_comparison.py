@@ -1,7 +1,5 @@
 """Comparing versions: seldom wrong however often one looks, right in the end, and plain about what is not known."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from generated_jobs import DIGESTS, brain, give_reference, job, profile
-from service import ROOT
 
 from ldm3d.brain import IMAGE_FEATURES
 from ldm3d.errors import DataError
 from ldm3d.reference_profile import write_profile
-from mlops.monitoring import comparison
+from mlops.commands import run_command
+from mlops.monitoring import comparison, model_monitor
 from mlops.monitoring.comparison import LEAST_UNITS, compare, difference_of_means, difference_of_shares, energies
 from mlops.monitoring.quality import Measured, Reference
 
@@ -104,9 +102,9 @@ def fill(data: Path, n: int, **second: Any) -> None:
 
 def test_a_worse_version_is_named(tmp_path: Path) -> None:
     give_reference(tmp_path, [brain(5000 + i) for i in range(40)])
-    fill(tmp_path, 60, size=0.85, seconds=4.0, fails=24)
+    fill(tmp_path, 70, size=0.85, seconds=4.0, fails=24)
     said = compare(tmp_path, ONE, OTHER, ALPHA).splitlines()
-    assert said[:2] == ["demo/1: 60 jobs, 60 jobs by chance", "demo/2: 60 jobs, 60 jobs by chance"]
+    assert said[:2] == [f"demo/{i}: 70 jobs, 70 jobs by chance" for i in (1, 2)]
     assert [line.partition(" (")[0] for line in said[2:]] == [
         f"{what}: demo/1 is better" for what in ("success", "speed", "quality")
     ]
@@ -158,10 +156,16 @@ def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
         ([], "required"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mlops.monitoring.model_monitor", *arguments],
-        cwd=ROOT, env=os.environ | {"LDM3D_DATA_DIR": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["model_monitor", *arguments])
+    monkeypatch.setenv("LDM3D_DATA_DIR", str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        run_command(model_monitor.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1

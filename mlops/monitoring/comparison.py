@@ -181,7 +181,7 @@ def compare(data_dir: Path, one: Version, other: Version, alpha: float) -> str:
         if not samples.jobs:
             known = sorted({"/".join(job.version) for job in jobs})
             raise DataError(
-                f"{data_dir}: has no finished job of {name}; there are jobs of {', '.join(known) or 'none'}"
+                f"{data_dir}: has no finished job of {name}; it has some of {', '.join(known) or 'no version'}"
             )
         if len(samples.digests) > 1:
             raise DataError(f"{name}: its name has stood for several weights; give new weights a new version")
@@ -191,9 +191,7 @@ def compare(data_dir: Path, one: Version, other: Version, alpha: float) -> str:
     volumes_of_a_unit = (a.volumes_of_a_unit + b.volumes_of_a_unit) / 2
     say = _Speaker(names, volumes_of_a_unit)
     units = "callers" if by_caller else "jobs"
-    lines = [
-        f"{name}: {len(s.jobs)} jobs, {len(s.units)} {units} by chance" for name, s in zip(names, (a, b), strict=True)
-    ]
+    lines = [f"{n}: {len(s.jobs)} jobs, {len(s.units)} {units} by chance" for n, s in zip(names, (a, b), strict=True)]
     lines += [
         say("success", difference_of_shares(a.successes(), b.successes(), share), 1, "jobs that are done: {:+.1%}"),
         say(
