@@ -112,10 +112,17 @@ def test_a_worse_version_is_named(tmp_path: Path) -> None:
     assert all("demo/1 is better" in line for line in turned)
 
 
+def test_a_version_that_makes_empty_volumes_is_worse(tmp_path: Path) -> None:
+    for seed in range(30):
+        job(tmp_path, [brain(seed)], "1", seed)
+        job(tmp_path, [0 * brain(seed)], "2", seed)
+    assert "success: demo/1 is better" in compare(tmp_path, ONE, OTHER, ALPHA)
+
+
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     fill(tmp_path, 25, seconds=2.03)
     said = compare(tmp_path, ONE, OTHER, ALPHA)
-    assert "success: cannot tell; they hardly differ (jobs that are done: -" in said
+    assert "success: cannot tell; they hardly differ (jobs that made brains: -" in said
     assert "speed: cannot tell yet; about " in said and " more volumes are needed" in said
     assert "quality: not compared, as weights came without reference_profile.json" in said
     give_reference(tmp_path, [brain(5000 + i) for i in range(10)])
