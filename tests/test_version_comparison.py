@@ -122,7 +122,7 @@ def test_a_version_that_makes_empty_volumes_is_worse(tmp_path: Path) -> None:
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     fill(tmp_path, 25, seconds=2.03)
     said = compare(tmp_path, ONE, OTHER, ALPHA)
-    assert "success: cannot tell; they hardly differ (jobs that made brains: -" in said
+    assert "success: cannot tell; no difference is seen so far (jobs that made brains: -" in said
     assert "speed: cannot tell yet; about " in said and " more volumes are needed" in said
     assert "quality: not compared, as weights came without reference_profile.json" in said
     give_reference(tmp_path, [brain(5000 + i) for i in range(10)])

@@ -263,6 +263,6 @@ class _Speaker:
             winner = self.names[0] if (answer.low > 0) == (better > 0) else self.names[1]
             return f"{what}: {winner} is better ({interval})"
         if math.isinf(answer.missing):
-            return f"{what}: cannot tell; they hardly differ ({interval})"
+            return f"{what}: cannot tell; no difference is seen so far ({interval})"
         more = math.ceil(answer.missing * self.volumes_of_a_unit)
         return f"{what}: cannot tell yet; about {more:,} more volumes are needed ({interval})"
