@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ldm3d.brain import IMAGE_FEATURES, coarse, distance, image_features
+from ldm3d.brain import coarse, distance, image_features
 from ldm3d.nifti import write_volume
-from ldm3d.reference_profile import ReferenceProfile, write_profile
+from ldm3d.reference_profile import FACTS, FEATURES, ReferenceProfile, write_profile
 from mlops.api.records import Outcome, Record, new_job_id
 from mlops.api.schemas import FileInfo, ResolvedRequest
 
@@ -70,8 +70,9 @@ def profile(volumes: Sequence[np.ndarray], **fields: Any) -> ReferenceProfile:
     return ReferenceProfile(
         spacing=SPACING,
         size=SHAPE,
-        features={name: sorted(found[name] for found in features) for name in IMAGE_FEATURES},
-        facts={},
+        features={name: sorted(found.get(name, 0.0) for found in features) for name in FEATURES},
+        facts={name: {} for name in FACTS},
+        mean_image=np.mean(means, axis=0).ravel().tolist(),
         pair_distances=sorted(distance(a, b) for a, b in zip(means, means[1:] + means[:1], strict=True)),
         **facts | fields,
     )

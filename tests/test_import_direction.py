@@ -25,11 +25,11 @@ ROOMS = """
 ORDER = ROOMS.split()
 
 # Packages by what they are imported as, where that is another name.
-DISTRIBUTIONS = {"PIL": "pillow", "jwt": "pyjwt", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "opentelemetry": "opentelemetry-sdk", "jwt": "pyjwt", "yaml": "pyyaml"}
 # Needed although nothing here imports them: attention in monai's U-Net, a template to be read, torch.utils.tensorboard.
 NOT_IMPORTED = {"einops", "nilearn", "tensorboard"}
-# Behind others that the service uses: uvicorn's parser and event loop, PyJWT's algorithms.
-NOT_IMPORTED_BY_THE_SERVICE = {"httptools", "uvloop", "cryptography"}
+# Behind others that the service uses: uvicorn's parser and event loop, PyJWT's algorithms, the traces' exporter.
+NOT_IMPORTED_BY_THE_SERVICE = {"httptools", "uvloop", "cryptography", "opentelemetry-exporter-otlp-proto-http"}
 # Imported where a user has it.
 OPTIONAL = {"mlflow"}
 

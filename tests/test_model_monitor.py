@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import served
 from generated_jobs import brain, figures, give_reference, job
 from prometheus_client import generate_latest
 from service import ROOT, free_port, until
 
 from ldm3d.errors import DataError
+from mlops.api.catalogue import ActiveModel, ActiveSet, activate
 from mlops.monitoring import quality_metrics, watching
 from mlops.monitoring.watching import Watcher
 
@@ -51,8 +53,8 @@ def test_volumes_are_measured_once_and_nothing_is_written(tmp_path: Path, monkey
     seen = told()
     assert len(read) == 3 and seen[f"ldm3d_quality_volumes_total{{{V}}}"] == 3
     assert seen[f"ldm3d_quality_window_volumes{{{V}}}"] == 3
-    # 4/3 pi 8^3 voxels of 6 mm
-    assert seen[f'ldm3d_quality_feature_mean{{feature="brain_volume_ml",{V}}}'] == pytest.approx(463, rel=0.2)
+    # 4/3 pi 8^3 voxels of 6 mm; the mask takes half a voxel more.
+    assert seen[f'ldm3d_quality_feature_mean{{feature="brain_volume_ml",{V}}}'] == pytest.approx(463, rel=0.35)
     assert seen[f"ldm3d_quality_reference{{{V}}}"] == 0
     assert f"ldm3d_quality_reference_distance{{{V}}}" not in seen
 
@@ -107,7 +109,7 @@ def test_damaged_and_empty_volumes_are_counted_and_vanished_ones_are_not(
     gone = job(tmp_path, [brain(6), brain(7)], seed=6)
 
     def vanishing(path: Path) -> None:
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)
         raise DataError("gone under the reader")
 
     monkeypatch.setattr(watching, "measure", vanishing)
@@ -131,15 +133,33 @@ def test_only_the_last_volumes_of_each_version_count(tmp_path: Path, monkeypatch
     assert told()[f"ldm3d_quality_window_volumes{{{V}}}"] == 1 and told()[volume] < 100
 
 
-def test_a_version_is_forgotten_with_its_last_job(tmp_path: Path) -> None:
+def test_a_version_is_forgotten_when_it_is_gone(tmp_path: Path) -> None:
     one = job(tmp_path, [brain(1)], seed=1)
     job(tmp_path, [brain(1)], "2", seed=1)
     watcher = Watcher(tmp_path)
     watcher.look()
     shutil.rmtree(one)
+    activate(
+        ActiveSet(models=[ActiveModel(name="demo", assign_by="job", versions=[served.version("1", model="demo")])]),
+        tmp_path,
+    )
+    watcher.look()
+    assert told()[f"ldm3d_quality_window_volumes{{{V}}}"] == 1  # callers may delete all; it is still served
+    (tmp_path / "active.json").unlink()
     watcher.look()
     assert not [name for name in told() if V in name]
     assert told()['ldm3d_quality_window_volumes{model="demo",version="2"}'] == 1
+
+
+def test_a_reference_that_comes_later_is_used(tmp_path: Path) -> None:
+    for seed in range(5):
+        job(tmp_path, [brain(seed)], seed=seed)
+    watcher = Watcher(tmp_path)
+    watcher.look()
+    assert told()[f"ldm3d_quality_reference{{{V}}}"] == 0
+    give_reference(tmp_path, [brain(100 + i) for i in range(10)])
+    watcher.look()
+    assert told()[f"ldm3d_quality_reference{{{V}}}"] == 1 and f"ldm3d_quality_reference_distance{{{V}}}" in told()
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:

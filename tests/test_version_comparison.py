@@ -1,7 +1,5 @@
 """Comparing versions: seldom wrong however often one looks, right in the end, and plain about what is not known."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from generated_jobs import DIGESTS, brain, give_reference, job, profile
-from service import ROOT
 
 from ldm3d.brain import IMAGE_FEATURES
 from ldm3d.errors import DataError
 from ldm3d.reference_profile import write_profile
-from mlops.monitoring import comparison
+from mlops.commands import run_command
+from mlops.monitoring import comparison, model_monitor
 from mlops.monitoring.comparison import LEAST_UNITS, compare, difference_of_means, difference_of_shares, energies
 from mlops.monitoring.quality import Measured, Reference
 
@@ -104,9 +102,9 @@ def fill(data: Path, n: int, **second: Any) -> None:
 
 def test_a_worse_version_is_named(tmp_path: Path) -> None:
     give_reference(tmp_path, [brain(5000 + i) for i in range(40)])
-    fill(tmp_path, 60, size=0.85, seconds=4.0, fails=24)
+    fill(tmp_path, 70, size=0.85, seconds=4.0, fails=24)
     said = compare(tmp_path, ONE, OTHER, ALPHA).splitlines()
-    assert said[:2] == ["demo/1: 60 jobs, 60 jobs by chance", "demo/2: 60 jobs, 60 jobs by chance"]
+    assert said[:2] == [f"demo/{i}: 70 jobs, 70 jobs by chance" for i in (1, 2)]
     assert [line.partition(" (")[0] for line in said[2:]] == [
         f"{what}: demo/1 is better" for what in ("success", "speed", "quality")
     ]
@@ -114,10 +112,17 @@ def test_a_worse_version_is_named(tmp_path: Path) -> None:
     assert all("demo/1 is better" in line for line in turned)
 
 
+def test_a_version_that_makes_empty_volumes_is_worse(tmp_path: Path) -> None:
+    for seed in range(30):
+        job(tmp_path, [brain(seed)], "1", seed)
+        job(tmp_path, [0 * brain(seed)], "2", seed)
+    assert "success: demo/1 is better" in compare(tmp_path, ONE, OTHER, ALPHA)
+
+
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     fill(tmp_path, 25, seconds=2.03)
     said = compare(tmp_path, ONE, OTHER, ALPHA)
-    assert "success: cannot tell; they hardly differ (jobs that are done: -" in said
+    assert "success: cannot tell; no difference is seen so far (jobs that made brains: -" in said
     assert "speed: cannot tell yet; about " in said and " more volumes are needed" in said
     assert "quality: not compared, as weights came without reference_profile.json" in said
     give_reference(tmp_path, [brain(5000 + i) for i in range(10)])
@@ -158,10 +163,16 @@ def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:
         ([], "required"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mlops.monitoring.model_monitor", *arguments],
-        cwd=ROOT, env=os.environ | {"LDM3D_DATA_DIR": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["model_monitor", *arguments])
+    monkeypatch.setenv("LDM3D_DATA_DIR", str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        run_command(model_monitor.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1

@@ -4,9 +4,9 @@
     OTEL_TRACES_EXPORTER=azure_monitor_opentelemetry_exporter, APPLICATIONINSIGHTS_CONNECTION_STRING=...
                                                            another exporter that is installed, by its name
 
-Without either nothing is set up, and of OpenTelemetry nothing is imported but what FastAPI brings itself. What else the
-SDK reads (OTEL_TRACES_SAMPLER, OTEL_BSP_..., OTEL_EXPORTER_OTLP_HEADERS) works as its documentation says. Our spans hold
-names of models and jobs, FastAPI's the address of a request; neither says who called.
+Without either nothing is set up, and of OpenTelemetry nothing is imported but what FastAPI brings itself. What else
+the SDK reads (OTEL_TRACES_SAMPLER, OTEL_BSP_..., OTEL_EXPORTER_OTLP_HEADERS) works as its documentation says. Our spans
+hold names of models and jobs, FastAPI's the address of a request; neither says who called.
 """
 
 import os

@@ -18,8 +18,6 @@ from safetensors import SafetensorError, safe_open
 from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard, Card, DiffusionCard, not_whole, read_card
 from ldm3d.errors import OutputError, WeightsError
 from ldm3d.files import sha256, write_text
-from ldm3d.reference_profile import FILE as PROFILE
-from ldm3d.reference_profile import read_profile
 from mlops.api.models_file import registry_version
 from mlops.api.records import flush_folder
 from mlops.api.registry import download
@@ -247,6 +245,10 @@ def _publish(copy: Path, target: Path) -> None:
 
 def _bring_profile(folder: Path, target: Path, card: DiffusionCard) -> None:
     """Keep what the training data were like beside the copy, for the monitor. Nothing is served less for want of it."""
+    # Here, as only a worker stores weights: scipy behind it would make the web process start a quarter more slowly.
+    from ldm3d.reference_profile import FILE as PROFILE
+    from ldm3d.reference_profile import read_profile
+
     if not (folder / PROFILE).is_file():
         return
     try:

@@ -29,6 +29,8 @@ QUESTIONS = 3
 FAR = 10_000_000
 
 Version = tuple[str, str]
+Volumes = list[list[Measured]]
+"""Of each job, or caller."""
 
 
 class Answer(NamedTuple):
@@ -107,6 +109,8 @@ class Samples:
         self.digests = {job.record.digest for job in jobs}
         self.by_caller = any(job.record.assigned_by == "caller" for job in jobs)
         self.units: dict[str, list[FinishedJob]] = defaultdict(list)
+        self.bad: set[str] = set()
+        """Jobs that were done, and made something that is no brain."""
 
     def join(self, by_caller: bool) -> "Samples":
         """Gather jobs into what was assigned by chance."""
@@ -119,8 +123,11 @@ class Samples:
         return sum(job.record.request.num for job in self.jobs) / max(1, len(self.units))
 
     def successes(self) -> list[float]:
-        """Share of its jobs that were done, for each unit."""
-        return [float(np.mean([job.outcome.state == "done" for job in jobs])) for jobs in self.units.values()]
+        """Share of its jobs that made what was asked for, for each unit; after `volumes`."""
+        return [float(np.mean([self._is_good(job) for job in jobs])) for jobs in self.units.values()]
+
+    def _is_good(self, job: FinishedJob) -> bool:
+        return job.outcome.state == "done" and job.folder.name not in self.bad
 
     def log_seconds(self) -> list[float]:
         """Logarithm of the seconds that a volume took, mean of each unit; without the time in the queue."""
@@ -140,22 +147,23 @@ class Samples:
                 for path in job.volumes():
                     if job.recipe(path) not in seen:
                         seen.add(job.recipe(path))
-                        new += _measured(path)
+                        new += self._measured(job, path)
             if new:
                 found.append(new)
         return found
+
+    def _measured(self, job: FinishedJob, path: Path) -> list[Measured]:
+        try:
+            return [measure(path)]
+        except DataError:
+            if path.exists():  # else it was removed meanwhile
+                self.bad.add(job.folder.name)
+            return []
 
 
 def _seconds(job: FinishedJob) -> float:
     assert job.outcome.started
     return max(1e-3, (job.outcome.finished - job.outcome.started).total_seconds()) / job.record.request.num
-
-
-def _measured(path: Path) -> list[Measured]:
-    try:
-        return [measure(path)]
-    except DataError:  # gone, or damaged, which the monitor counts
-        return []
 
 
 def energies(units: list[list[Measured]], reference: Reference) -> list[float]:
@@ -181,21 +189,20 @@ def compare(data_dir: Path, one: Version, other: Version, alpha: float) -> str:
         if not samples.jobs:
             known = sorted({"/".join(job.version) for job in jobs})
             raise DataError(
-                f"{data_dir}: has no finished job of {name}; there are jobs of {', '.join(known) or 'none'}"
+                f"{data_dir}: has no finished job of {name}; it has some of {', '.join(known) or 'no version'}"
             )
         if len(samples.digests) > 1:
             raise DataError(f"{name}: its name has stood for several weights; give new weights a new version")
     by_caller = any(samples.by_caller for samples in both)
     a, b = (samples.join(by_caller) for samples in both)
     share = alpha / QUESTIONS
+    made = a.volumes(), b.volumes()
     volumes_of_a_unit = (a.volumes_of_a_unit + b.volumes_of_a_unit) / 2
     say = _Speaker(names, volumes_of_a_unit)
     units = "callers" if by_caller else "jobs"
-    lines = [
-        f"{name}: {len(s.jobs)} jobs, {len(s.units)} {units} by chance" for name, s in zip(names, (a, b), strict=True)
-    ]
+    lines = [f"{n}: {len(s.jobs)} jobs, {len(s.units)} {units} by chance" for n, s in zip(names, (a, b), strict=True)]
     lines += [
-        say("success", difference_of_shares(a.successes(), b.successes(), share), 1, "jobs that are done: {:+.1%}"),
+        say("success", difference_of_shares(a.successes(), b.successes(), share), 1, "jobs that made brains: {:+.1%}"),
         say(
             "speed",
             difference_of_means(a.log_seconds(), b.log_seconds(), share),
@@ -203,18 +210,20 @@ def compare(data_dir: Path, one: Version, other: Version, alpha: float) -> str:
             "seconds for a volume: {:+.1%}",
             math.expm1,
         ),
-        _quality(data_dir, a, b, share, say),
+        _quality(data_dir, (a, b), made, share, say),
     ]
     return "\n".join(lines)
 
 
-def _quality(data_dir: Path, a: Samples, b: Samples, alpha: float, say: "_Speaker") -> str:
-    one, other = (read_reference(data_dir, next(iter(samples.digests))) for samples in (a, b))
+def _quality(
+    data_dir: Path, both: tuple[Samples, Samples], made: tuple[Volumes, Volumes], alpha: float, say: "_Speaker"
+) -> str:
+    one, other = (read_reference(data_dir, next(iter(samples.digests))) for samples in both)
     if one is None or other is None:
         return "quality: not compared, as weights came without reference_profile.json"
     if one.trained_on != other.trained_on:
         return "quality: not compared, as the versions were trained on different data"
-    found = difference_of_means(energies(a.volumes(), one), energies(b.volumes(), one), alpha)
+    found = difference_of_means(energies(made[0], one), energies(made[1], one), alpha)
     pairs = found._replace(missing=2 * found.missing)
     return say("quality", pairs, -1, "distance to the training data: {:+.3f}")
 
@@ -254,6 +263,6 @@ class _Speaker:
             winner = self.names[0] if (answer.low > 0) == (better > 0) else self.names[1]
             return f"{what}: {winner} is better ({interval})"
         if math.isinf(answer.missing):
-            return f"{what}: cannot tell; they hardly differ ({interval})"
+            return f"{what}: cannot tell; no difference is seen so far ({interval})"
         more = math.ceil(answer.missing * self.volumes_of_a_unit)
         return f"{what}: cannot tell yet; about {more:,} more volumes are needed ({interval})"

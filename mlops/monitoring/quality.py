@@ -103,8 +103,12 @@ def read_reference(data_dir: Path, digest: str) -> Reference | None:
     """The reference of stored weights; None where they came without one, or it cannot be used."""
     try:
         return Reference(read_profile(store_dir(data_dir) / digest / FILE))
-    except (WeightsError, KeyError):
+    except WeightsError:
         return None
+
+
+def has_reference(data_dir: Path, digest: str) -> bool:
+    return (store_dir(data_dir) / digest / FILE).is_file()
 
 
 def pair_difference(volumes: Sequence[Measured]) -> float:

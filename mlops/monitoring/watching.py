@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ldm3d.errors import DataError
+from ldm3d.errors import ConfigError, DataError
+from mlops.api.catalogue import read_active
 from mlops.monitoring import quality_metrics as metrics
 from mlops.monitoring.finished import FinishedJob, job_names, read_job
 from mlops.monitoring.quality import (
@@ -13,6 +14,7 @@ from mlops.monitoring.quality import (
     Measured,
     Reference,
     feature_means,
+    has_reference,
     measure,
     pair_difference,
     read_reference,
@@ -35,6 +37,7 @@ class Window:
 
     def __init__(self, digest: str):
         self.digest = digest
+        self.has_reference = False
         self.volumes: dict[str, Measured] = {}
         """By recipe, in the order in which they were read."""
 
@@ -74,9 +77,11 @@ class Watcher:
             self._seen[job.folder.name] = job.version
             if self._read(job):
                 changed.add(job.version)
-        for version in changed:
-            self._tell(version)
         self._forget_versions()
+        for version, window in self._windows.items():
+            # The reference may come after the volumes.
+            if version in changed or window.has_reference != has_reference(self.data_dir, window.digest):
+                self._tell(version, window)
         metrics.LAST_LOOK.set(time.time())
         metrics.LOOK_SECONDS.set(time.monotonic() - started)
 
@@ -114,8 +119,8 @@ class Watcher:
             metrics.VOLUMES.labels(*job.version).inc()
         return bool(job.volumes())
 
-    def _tell(self, version: tuple[str, str]) -> None:
-        window = self._windows[version]
+    def _tell(self, version: tuple[str, str], window: Window) -> None:
+        window.has_reference = has_reference(self.data_dir, window.digest)
         volumes, reference = list(window.volumes.values()), read_reference(self.data_dir, window.digest)
         metrics.WINDOW.labels(*version).set(len(volumes))
         metrics.REFERENCE.labels(*version).set(reference is not None)
@@ -136,7 +141,12 @@ class Watcher:
             metrics.DEVIATION.labels(*version, name).set(value)
 
     def _forget_versions(self) -> None:
-        """A version is forgotten with its last job."""
-        for version in self._windows.keys() - set(self._seen.values()):
+        """A version is forgotten when it is not served any more and its last job is gone."""
+        try:
+            active = read_active(self.data_dir)
+        except ConfigError:  # damaged; the service says so, and replaces it
+            return
+        served = {(version.model, version.version) for version in active.versions} if active else set()
+        for version in self._windows.keys() - set(self._seen.values()) - served:
             del self._windows[version]
             metrics.forget(*version)
