@@ -2,8 +2,8 @@
 
     python -m benchmarks.drift --measured results/drift.pickle
 
-Measuring takes longest, so it is kept in a file, and an interrupted run goes on there. Folders are disjoint as far as the
-phantoms suffice; the others are drawn from the same phantoms, each without repetition, and share some.
+Measuring takes longest, so it is kept in a file, and an interrupted run goes on there. Folders are disjoint as far as
+the phantoms suffice; the others are drawn from the same phantoms, each without repetition, and share some.
 """
 
 import argparse
@@ -36,7 +36,7 @@ Measured = dict[str, NewVolume]
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--measured", type=Path, required=True, help="where measured phantoms are kept")
-    parser.add_argument("--volumes", type=int, default=1000, help="fresh phantoms")
+    parser.add_argument("--volumes", type=int, default=800, help="fresh phantoms")
     parser.add_argument("--changed", type=int, default=100, help="how many of them are changed too")
     parser.add_argument("--processes", type=int, default=2, help="that measure")
     args = parser.parse_args()

@@ -15,7 +15,7 @@ LEAST_TO_COMPARE = 2
 LEAST_TO_CLEAR = 8
 """New volumes from which on "no drift" is said. Fewer can show a drift; that they show none means nothing."""
 PERMUTATIONS = 9999
-_PSI_DRAWS = 1000
+_PSI_DRAWS = 500
 _PSI_BINS = 10
 
 
