@@ -28,7 +28,7 @@ from mlops.monitoring.drift_folder import Encode, Folder, NewVolume, encoder, ga
 from mlops.monitoring.drift_words import causes
 
 MODEL, SEED = Path("checkpoints/demo"), 1000
-SIZES, DRAWS, DRAWS_OF_CHANGED = (8, 20, 50), 200, 50
+SIZES, DRAWS, DRAWS_OF_CHANGED = (8, 20, 50), 200, 25
 UNCHANGED = "as it is"
 Measured = dict[str, NewVolume]
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, required=True, help="where measured phantoms are kept")
     parser.add_argument("--volumes", type=int, default=800, help="fresh phantoms")
     parser.add_argument("--changed", type=int, default=100, help="how many of them are changed too")
-    parser.add_argument("--processes", type=int, default=2, help="that measure")
+    parser.add_argument("--processes", type=int, default=2, help="that share the work")
     args = parser.parse_args()
     if args.tiny:
         args.volumes, args.changed, args.processes = 8, 8, 1
@@ -46,13 +46,16 @@ def main() -> None:
     profile = read_profile(MODEL)
     draws = 1 if args.tiny else DRAWS
     sizes = SIZES[:1] if args.tiny else SIZES
-    false_alarms = [alarms(profile, volumes, UNCHANGED, size, draws) for size in sizes]
-    changed = [
-        alarms(profile, volumes, change, size, min(draws, DRAWS_OF_CHANGED))
+    judged = [
+        (profile, [row[change] for row in volumes if change in row], change, size, count)
         for change in CHANGES
-        if change != UNCHANGED
         for size in sizes
+        for count in [draws if change == UNCHANGED else min(draws, DRAWS_OF_CHANGED)]
     ]
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        rows = list(progress(pool.map(alarms, *zip(*judged, strict=True)), "judging folders", total=len(judged)))
+    false_alarms = [row for row in rows if row["change"] == UNCHANGED]
+    changed = [row for row in rows if row["change"] != UNCHANGED]
     print(table(false_alarms))
     print(table(changed))
     write_result(
@@ -104,9 +107,8 @@ def tools() -> tuple[ReferenceProfile, Encode]:
     return profile, encode
 
 
-def alarms(profile: ReferenceProfile, rows: list[Measured], change: str, size: int, draws: int) -> dict[str, Any]:
+def alarms(profile: ReferenceProfile, volumes: list[NewVolume], change: str, size: int, draws: int) -> dict[str, Any]:
     """How many of so many folders raise an alarm, by which figures, and what is said to be the cause."""
-    volumes = [row[change] for row in rows if change in row]
     random = np.random.default_rng(0)
     count, blamed, said = 0, Counter[str](), Counter[str]()
     for draw in range(draws):

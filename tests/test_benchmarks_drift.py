@@ -33,9 +33,9 @@ def volumes(profile: ReferenceProfile, count: int, **changed: float) -> list[dri
 
 def test_alarms_are_counted_and_named(profile: ReferenceProfile) -> None:
     rows = volumes(profile, 24, noise=0.5)
-    quiet = drift.alarms(profile, rows, drift.UNCHANGED, 8, 3)
+    quiet = drift.alarms(profile, [row[drift.UNCHANGED] for row in rows], drift.UNCHANGED, 8, 3)
     assert (quiet["folders"], quiet["alarms"], quiet["by"], quiet["first cause"]) == (3, 0, {}, {})
-    loud = drift.alarms(profile, rows, "noise", 8, 3)
+    loud = drift.alarms(profile, [row["noise"] for row in rows], "noise", 8, 3)
     assert (loud["alarms"], loud["by"], loud["first cause"]) == (3, {"noise": 3}, {"noise": 3})
 
 
