@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -225,6 +227,31 @@ def test_latents_of_other_weights_are_not_compared(drift: Drift, fresh: Path, tm
     (model / FILE).write_text(json.dumps(content))
     ran = drift(fresh, reference=model)
     assert ran.code == 0 and "not compared: latents: the profile's latents are of another" in ran.out
+
+
+def test_a_fault_of_ours_is_no_drift(drift: Drift, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python ends with 1 on an exception, which a pipeline would take for drift."""
+
+    def fault(*args: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(data_drift, "compare", fault)
+    ran = drift(fresh)
+    assert ran.code == 2 and "ZeroDivisionError: ours" in ran.err
+
+
+def test_nobody_reads_what_it_prints(fresh: Path, profile: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlops.monitoring.data_drift", "--reference", profile, "--data", fresh]
+    process = subprocess.Popen(
+        [*map(str, command), "--output", str(tmp_path / "out")],
+        cwd=DEMO.parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    process.stdout.close()
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 2 and b"Traceback" not in err
 
 
 # Metrics and report.

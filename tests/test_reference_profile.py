@@ -19,8 +19,8 @@ from ldm3d.schema import Config, Environment
 from ldm3d.training_profile import drawn, training_profile
 from ldm3d.volumes import scale_intensity
 from ldm3d.weights import save_weights
-from mlops.monitoring import make_profile
-from mlops.monitoring.drift_folder import encoder, measure
+from mlops.monitoring import drift_folder, make_profile
+from mlops.monitoring.drift_folder import encoder, measure, measure_folder
 
 COUNT = 8
 SIZE = [16, 24, 16]
@@ -105,6 +105,18 @@ def test_of_many_volumes_some_are_drawn(
     assert {len(values) for values in profile.features.values()} == {3}
     names = [f"case{i}" for i in range(50)]
     assert drawn(names, 5) == drawn(names[::-1], 5) == drawn(names, 50)[:5] != names[:5]
+
+
+def test_of_a_large_folder_some_are_judged(
+    cfg: Config, env: Environment, data: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = training_profile(cfg, data, env.model_dir)
+    monkeypatch.setattr(drift_folder, "LARGEST", 3)
+    folder = measure_folder(env.data_base_dir, profile, env.model_dir)
+    assert (folder.found, len(folder.judged), folder.unreadable) == (COUNT, 3, {})
+    assert folder.latents is None and "there is no" in folder.no_latents
+    monkeypatch.setattr(drift_folder, "LARGEST", 256)
+    assert set(folder.judged) < set(measure_folder(env.data_base_dir, profile, env.model_dir).judged)
 
 
 def weights_of(cfg: Config, model_dir: Path, trained_on: str) -> None:

@@ -21,6 +21,9 @@ Metrics, each a gauge, written by every run that came to a judgement:
 
 import argparse
 import json
+import os
+import sys
+import traceback
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,10 +33,10 @@ import numpy as np
 
 from ldm3d import __version__
 from ldm3d.cases import CHANNELS
-from ldm3d.errors import DataError
+from ldm3d.errors import DataError, UserError
 from ldm3d.files import require_writable, write_text
 from ldm3d.reference_profile import ReferenceProfile, read_profile
-from mlops.commands import Parser, run_command
+from mlops.commands import EXIT_USER_ERROR, Parser, run_command
 from mlops.monitoring.drift_folder import Folder, measure_folder
 from mlops.monitoring.drift_metrics import push, write_metrics
 from mlops.monitoring.drift_report import report
@@ -55,6 +58,21 @@ TOO_FEW = "too few"
 
 
 def main() -> int:
+    """1 means drift, so nothing else may end with it: a fault of ours ends with 2, as a user's does."""
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except UserError:
+        raise
+    except BrokenPipeError:  # `... | head`: what is left in the buffer must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:
+        traceback.print_exc()
+    return EXIT_USER_ERROR
+
+
+def run() -> int:
     args = parse()
     require_writable(args.output)
     profile = read_profile(args.reference)

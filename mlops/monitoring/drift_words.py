@@ -61,7 +61,7 @@ def causes(drifted: Sequence[str], profile: ReferenceProfile, folder: Folder) ->
     other_contrast = any(abs(shifts[name]) >= _ANOTHER_CONTRAST for name in _TISSUE)
     if other_contrast:
         found.append(_CONTRAST)
-    elif shifts["mean_match"] < 0:
+    elif shifts["mean_match"] < 0 and not shifts["shading"] > 0:  # shading moves the brightness about, too
         found.append(
             "turned, mirrored or shifted: tissue lies elsewhere than in training, whatever the header says of "
             "orientation; or the heads are cut"
