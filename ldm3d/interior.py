@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from ldm3d.metrics import Metric, TooFewVolumes, make_metric
+from ldm3d.metrics import Metric, TooFewVolumes, jackknife, make_metric
 
 LIKE_REAL = "1 is like real"
 # Voxels under the brain's surface that are partly air.
@@ -120,4 +120,5 @@ def _ratio(figures: dict[str, list[float]], n: dict[str, int], how: str) -> Metr
     }
     if figures["reconstructions"]:
         references["reconstructions"] = float(np.mean(figures["reconstructions"])) / unit
-    return make_metric(synthetic.mean(), LIKE_REAL, n, how, references)
+    error = jackknife(lambda kept: float(synthetic[kept].mean()), len(synthetic))
+    return make_metric(synthetic.mean(), LIKE_REAL, n, how, references, error)

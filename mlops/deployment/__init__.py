@@ -1,0 +1,1 @@
+"""The model outside the service: managed endpoints and small machines."""
