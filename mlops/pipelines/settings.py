@@ -62,6 +62,8 @@ class Workspace(Strict):
 
     resource_group: Annotated[str, Field(pattern=r"^[A-Za-z0-9._()-]{1,89}[A-Za-z0-9_()-]$")]
     workspace: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{2,32}$")]
+    private: bool
+    """Whether it is reached through private endpoints alone, as its parameter file says; then so is the endpoint."""
 
 
 class WorkspaceSettings(Strict):
@@ -73,7 +75,7 @@ class WorkspaceSettings(Strict):
     """Files beside it, each an Azure ML environment."""
 
 
-Settings = TypeVar("Settings", PipelineSettings, WorkspaceSettings)
+Settings = TypeVar("Settings", bound=Strict)
 
 
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
