@@ -7,6 +7,7 @@ copies in `ldm3d.copies`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -110,10 +111,13 @@ def fidelity(
         references: dict[str, Any] = {s: distance(points, p) for s, p in sets.items() if s != "synthetic"}
         references["real_halves"] = _halves(points, distance, seed)
         how = f"{kernel}; features {EXTRACTOR}, D = {points.shape[1]}; {PREPROCESSING}"
-        made = sets["synthetic"]
-        error = jackknife(lambda kept, distance=distance, made=made: distance(points, made[kept]), len(made))
-        result[name] = make_metric(distance(points, made), LOWER, n, how, references, error)
+        error = jackknife(partial(_distance_of, distance, points, sets["synthetic"]), len(sets["synthetic"]))
+        result[name] = make_metric(distance(points, sets["synthetic"]), LOWER, n, how, references, error)
     return result
+
+
+def _distance_of(distance: Any, points: np.ndarray, others: np.ndarray, kept: list[int]) -> float:
+    return float(distance(points, others[kept]))
 
 
 def _halves(points: np.ndarray, distance: Any, seed: int, splits: int = 20) -> dict[str, Any] | None:

@@ -56,7 +56,9 @@ class Template:
 
     def _filled(self, resource: Mapping[str, Any]) -> dict[str, Any]:
         self.copies[""] = resource["number"]
-        body = {key: value for key, value in resource.items() if key not in ("copy", "condition", "number", "dependsOn")}
+        body = {
+            key: value for key, value in resource.items() if key not in ("copy", "condition", "number", "dependsOn")
+        }
         targets = [self.value(target) for target in resource.get("dependsOn", [])]
         loops = {one["copy"]["name"] for one in self.content["resources"] if "copy" in one}
         for target in targets:

@@ -9,19 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from programs import ROOT
+from programs import ROOT, run
 
 PROGRAMS = ROOT / ".venv-mlflow/bin"
 """MLflow on top of the project's environment, as the training environment of Azure ML has it."""
 
 
 def snapshot(folder: Path) -> Path:
-    """Copy what azure-ai-ml would upload as the code of a job."""
-    from azure.ai.ml._utils._asset_utils import get_ignore_file, get_upload_files_from_folder
+    """Copy what azure-ai-ml would upload of a checkout as the code of a job: what `.amlignore` does not exclude."""
+    from azure.ai.ml._utils._asset_utils import get_ignore_file
 
-    for source, name in get_upload_files_from_folder(str(ROOT), ignore_file=get_ignore_file(str(ROOT))):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
+    ignored = get_ignore_file(str(ROOT))
+    # Not the whole folder: azure-ai-ml walks through virtual environments too before it leaves them out.
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).is_file() and not ignored.is_file_excluded(str(ROOT / name)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
     return folder
 
 

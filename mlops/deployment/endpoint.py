@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from ldm3d.errors import ConfigError, WeightsError
 from mlops.commands import Parser, run_command
@@ -122,8 +122,8 @@ class Endpoint:
         before = self.traffic()
         if before.get(deployment.name):
             raise ConfigError(
-                f"{deployment.name} answers {before[deployment.name]} % of the requests; deploy the other color, and move "
-                "the traffic when it works"
+                f"{deployment.name} answers {before[deployment.name]} % of the requests; deploy the other color, and "
+                "move the traffic when it works"
             )
         # An update without traffic in it would take all traffic away.
         endpoint.traffic = before

@@ -21,17 +21,17 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ldm3d import distributed  # noqa: E402
-from ldm3d.allocator import free_bytes, keep_freed_memory  # noqa: E402
-from ldm3d.cards import UNET  # noqa: E402
-from ldm3d.errors import UserError, WeightsError  # noqa: E402
-from ldm3d.files import sha256  # noqa: E402
-from ldm3d.nifti import stem_of  # noqa: E402
-from ldm3d.samplers import LARGEST_SEED, choose_sampler  # noqa: E402
-from ldm3d.samples import file_name, write_sample  # noqa: E402
-from ldm3d.sampling import Sampler, VolumeId  # noqa: E402
-from ldm3d.sections import SamplerName  # noqa: E402
-from mlops.api.schemas import Whole, Wire  # noqa: E402
+from ldm3d import distributed
+from ldm3d.allocator import free_bytes, keep_freed_memory
+from ldm3d.cards import UNET
+from ldm3d.errors import UserError, WeightsError
+from ldm3d.files import sha256
+from ldm3d.nifti import stem_of
+from ldm3d.samplers import LARGEST_SEED, choose_sampler
+from ldm3d.samples import file_name, write_sample
+from ldm3d.sampling import Sampler, VolumeId
+from ldm3d.sections import SamplerName
+from mlops.api.schemas import Whole, Wire
 
 MODEL_DIR = "AZUREML_MODEL_DIR"
 LARGEST_BODY = 4096
@@ -141,7 +141,7 @@ def init() -> None:
 
 def run(raw_data: str) -> Any:
     """Answer a request; called by one at a time, as the server's workers have one thread each."""
-    from azureml_inference_server_http.api.aml_response import AMLResponse
+    from azureml_inference_server_http.api.aml_response import AMLResponse  # type: ignore[import-not-found]
 
     assert scorer is not None
     try:

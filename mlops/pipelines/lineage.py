@@ -5,7 +5,6 @@ python -m mlops.pipelines.lineage --kind split --name ldm3d-split --version 3 --
 
 import argparse
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,7 +123,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--version", required=True)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--parent", type=Path, action="append", default=[], help="folder of another asset")
-    parser.add_argument("--parent-data", nargs=2, metavar=("NAME:VERSION", "FOLDER"), help="raw data that it is made of")
+    parser.add_argument(
+        "--parent-data", nargs=2, metavar=("NAME:VERSION", "FOLDER"), help="raw data that it is made of"
+    )
     parser.add_argument("--parent-start", type=Path, metavar="FOLDER", help="weights that the training began with")
     return parser.parse_args()
 

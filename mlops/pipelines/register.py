@@ -3,8 +3,8 @@
 python -m mlops.pipelines.register --model MODEL --metrics METRICS --assets SPLIT VOLUMES --name ldm3d \
     --decision decision.json
 
-The registry is MLflow's, at MLFLOW_TRACKING_URI, which Azure ML sets in its jobs. The alias `champion` names the version
-that the service may follow; the metrics that it was judged by lie beside its weights.
+The registry is MLflow's, at MLFLOW_TRACKING_URI, which Azure ML sets in its jobs. The alias `champion` names the
+version that the service may follow; the metrics that it was judged by lie beside its weights.
 """
 
 import argparse
@@ -73,8 +73,8 @@ class Registry:
                 )
             except Exception as error:  # each kind of store raises its own
                 raise DataError(
-                    f"{self.model} version {version.version}, the {ALIAS}, has no {METRICS} beside its weights; evaluate "
-                    "it and register it again, or take the alias from it"
+                    f"{self.model} version {version.version}, the {ALIAS}, has no {METRICS} beside its weights; "
+                    "evaluate it and register it again, or take the alias from it"
                 ) from error
             return read_metrics(Path(path))
 

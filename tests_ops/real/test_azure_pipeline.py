@@ -95,7 +95,10 @@ def test_every_asset_names_its_parents(done: Done) -> None:
     own = {of["name"]: (of["version"], of["digest"]) for of in found.values()}
     for of in found.values():
         for parent in of["parents"]:
-            assert own.get(parent["name"], (parent["version"], parent["digest"])) == (parent["version"], parent["digest"])
+            assert own.get(parent["name"], (parent["version"], parent["digest"])) == (
+                parent["version"],
+                parent["digest"],
+            )
     assert found["split"]["parents"] == found["volumes"]["parents"]
 
 
