@@ -141,8 +141,8 @@ class TestSanity:
     @pytest.mark.parametrize(
         ("figure", "value", "message"),
         [
-            ("kid", 57.0, "not clearly better than the mean image"),
-            ("mmd", 0.88, "not clearly better than the mean image"),
+            ("kid", 28.6, "is not clearly below 28.9, half of the mean image"),
+            ("mmd", 0.43, "is not clearly below 0.442, half of the mean image"),
             ("sharpness", 0.45, "outside 0.5 to 2"),
             ("sharpness", 2.5, "outside 0.5 to 2"),
             ("interior_contrast", 0.1, "outside 0.5 to 2"),

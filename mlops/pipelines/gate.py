@@ -127,9 +127,11 @@ def _senseless(metrics: Metrics) -> list[str]:
     reasons = []
     for name in ("kid", "mmd"):
         figure = metrics.figure(name)
-        limit = figure.reference("mean_image")
+        limit = figure.reference("mean_image") / 2
         if figure.value + _quantile(figure) * figure.standard_error >= limit:
-            reasons.append(f"keep: {name} {figure.value:.3g} is not clearly better than the mean image's {limit:.3g}")
+            reasons.append(
+                f"keep: {name} {figure.value:.3g} is not clearly below {limit:.3g}, half of the mean image's"
+            )
     low, high = LIKE_REAL
     for name in ("sharpness", "interior_contrast", "interior_spread"):
         value = metrics.figure(name).value
