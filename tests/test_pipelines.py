@@ -250,8 +250,16 @@ class TestRegister:
         asset(chain["metrics"], "metrics", {"metrics.json": (METRICS / f"{name}.json").read_text()}, chain["diffusion"])
 
     def test_first_is_promoted_then_a_worse_one_is_kept_out(self, monkeypatch, chain, registry):
+        (chain["diffusion"] / "reference_profile.json").write_text("{}")
         assert self.run(monkeypatch, chain)["decision"] == "promote"
         assert registry.aliases == {"champion": "1"}
+        beside = {path.name for path in Path(registry.versions[0].source).iterdir()}
+        assert beside == {
+            "autoencoder.safetensors",
+            "diffusion_unet.safetensors",
+            "metrics.json",
+            "reference_profile.json",
+        }
         assert registry.versions[0].tags["asset.split"].startswith("m-split:3@")
         (chain["diffusion"] / "diffusion_unet.safetensors").write_text("worse")
         describe("diffusion", "m-diffusion", "4", chain["diffusion"], [])

@@ -26,6 +26,8 @@ from mlops.pipelines.workspace import connect_from_job, tag_assets
 
 ALIAS = "champion"
 METRICS = "metrics.json"
+PROFILE = "reference_profile.json"
+"""What the training data were like, if the training has noted it: whoever watches for drift needs the model's own."""
 FOLDER = "weights"
 """Of a run's artifacts, as `ldm3d.mlflow_tracking` names it."""
 NOT_THERE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
@@ -87,7 +89,9 @@ class Registry:
         # A training that tracks with MLflow has registered them already, as its candidate.
         version = next((v for v in versions if v.tags.get("sha256") == digest), None)
         run_id = version.run_id if version else self._run()
-        self.client.log_artifact(run_id, str(metrics), FOLDER)
+        for path in (metrics, model_dir / PROFILE):
+            if path.is_file():
+                self.client.log_artifact(run_id, str(path), FOLDER)
         if version is None:
             for name in (UNET, AUTOENCODER):
                 self.client.log_artifact(run_id, str(model_dir / name), FOLDER)
