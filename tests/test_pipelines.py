@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from ldm3d.nifti import write_volume
 from mlops.pipelines import begin, lineage, register
 from mlops.pipelines.lineage import Record, describe, digest_of, read_lineage, verify
 from mlops.pipelines.settings import PipelineSettings, Workspace, WorkspaceSettings, read_settings
-from mlops.pipelines.workspace import IN_A_JOB, connect, connect_from_job
+from mlops.pipelines.workspace import IN_A_JOB, connect, connect_from_job, tag_assets
 
 ROOT = Path(__file__).parents[1]
 PIPELINES = ROOT / "mlops/pipelines"
@@ -328,17 +327,34 @@ def test_prepare_splits_and_caches(tmp_path):
     assert set(json.loads((desk.model / "split.json").read_text())) >= {"train", "validation"}
 
 
-def stub_asset(**given: Any) -> SimpleNamespace:
-    return SimpleNamespace(**given)
+class AzureError(Exception):
+    pass
 
 
-def test_assets_of_the_workspace_are_tagged(chain):
-    pytest.importorskip("azure.core", reason="needs azure-core, which comes with azure-ai-ml")
-    from mlops.pipelines.workspace import tag_assets
+@pytest.fixture
+def azure(monkeypatch):
+    """azure-core, which is not in this environment, as far as it is used."""
+    names = ("azure", "azure.core", "azure.core.exceptions")
+    modules = {name: ModuleType(name) for name in names}
+    modules["azure.core.exceptions"].AzureError = AzureError
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, modules[name])
 
+
+def test_assets_of_the_workspace_are_tagged(chain, azure):
     saved = []
-    data = SimpleNamespace(get=lambda name, version: stub_asset(name=name, version=version, tags={"mine": "1"}))
-    data.create_or_update = saved.append
+    data = SimpleNamespace(
+        get=lambda name, version: SimpleNamespace(name=name, version=version, tags={"mine": "1"}),
+        create_or_update=saved.append,
+    )
     tag_assets(SimpleNamespace(data=data), verify(list(chain.values())).values())
-    assert {a.name for a in saved} == {"m-split", "m-autoencoder", "m-diffusion", "m-metrics"}
-    assert all(a.tags["mine"] == "1" and a.tags["sha256"] for a in saved)
+    assert {asset.name for asset in saved} == {"m-split", "m-autoencoder", "m-diffusion", "m-metrics"}
+    assert all(asset.tags["mine"] == "1" and asset.tags["sha256"] for asset in saved)
+
+
+def test_an_asset_that_cannot_be_tagged_is_named(chain, azure):
+    def get(name, version):
+        raise AzureError("not found")
+
+    with pytest.raises(ConfigError, match="data asset m-split:3 cannot be tagged: not found"):
+        tag_assets(SimpleNamespace(data=SimpleNamespace(get=get)), verify([chain["split"]]).values())
