@@ -80,9 +80,15 @@ class LocalPipeline:
         return self.output(bound[1], bound[2]) if bound else self.assets[given["path"]]
 
     def start(self, step: str) -> "subprocess.Popen[str]":
-        """Start a step in a session of its own, so that a preemption can kill all of it."""
+        """Start a step in a session of its own, so that a preemption can kill all of it; its inputs are read-only."""
+        folders = [
+            value for given in self.jobs[step]["inputs"].values() if isinstance(value := self._value(given), Path)
+        ]
+        mounts = "".join(f"mount --bind {f} {f} && mount -o remount,ro,bind {f} && " for f in folders)
+        # Only root may mount; for anybody else inputs are what they are.
+        alone = ["unshare", "--mount"] if os.geteuid() == 0 else []
         return subprocess.Popen(
-            ["bash", "-c", self.command(step)],
+            [*alone, "bash", "-c", (mounts if alone else "") + self.command(step)],
             cwd=self.code,
             env=self.environment,
             stdout=subprocess.PIPE,
