@@ -47,13 +47,15 @@ def main() -> None:
     synthetic = synthetic_volumes(args.synthetic, cfg, args.limit)
     prepared = prepare_data(cfg, env)
     training = real_volumes(prepared, prepared.split.train, cfg)
-    reference = real_volumes(prepared, prepared.split.validation[: args.limit], cfg)
+    held_out = prepared.split.validation[: args.limit]
+    reference = real_volumes(prepared, held_out, cfg)
     report = Report()
     reconstructed = reconstruct(report, env.model_dir, reference, cfg)
     judge(report, training, reference, synthetic, reconstructed)
     copies = report.attempt("copies", partial(find_copies, report, training, reference, synthetic))
     draw_report(picture, cfg.spacing, training, reference, reconstructed, synthetic, copies)
-    write(args, cfg, report, training, reference, synthetic, copies)
+    digests = {"training": prepared.digest(), "reference": prepared.digest(held_out)}
+    write(args, cfg, report, training, reference, synthetic, copies, digests)
     print(report.table())
     print(f"{args.output}\n{picture}")
 
@@ -155,6 +157,7 @@ def write(
     reference: Volumes,
     synthetic: Volumes,
     copies: list[dict[str, Any]] | None,
+    digests: dict[str, str],
 ) -> None:
     content = {
         "made": {
@@ -165,6 +168,7 @@ def write(
             "channel": cfg.channel,
             "spacing_mm": cfg.spacing,
             "size": cfg.diffusion_train.patch_size,
+            "digests": digests,
         },
         "metrics": report.metrics,
         "skipped": report.skipped,

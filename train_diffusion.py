@@ -79,7 +79,7 @@ def encode(autoencoder: Any, card: AutoencoderCard, data: Prepared, run: Run) ->
     for cases, flip in ((data.split.train, cfg.diffusion_train.flip), (data.split.validation, False)):
         volumes = PatchDataset(data.cache, cases, cfg.diffusion_train.patch_size)
         contents = [data.cache.key(case) for case in cases]
-        root = cache_folder(env.data_base_dir, cfg.data)
+        root = cfg.data.latents_dir or cache_folder(env.data_base_dir, cfg.data)
         caches.append(build_latent_cache(root, autoencoder, digest, volumes, contents, flip, run.device))
     facts = {
         "trained_on": data.digest(),

@@ -35,9 +35,9 @@ class Prepared:
     split: Split
     cache: VolumeCache
 
-    def digest(self) -> str:
-        """Digest of the training volumes as prepared: contents and settings, 16 hexadecimal digits."""
-        keys = sorted(self.cache.key(case) for case in self.split.train)
+    def digest(self, cases: Sequence[Case] | None = None) -> str:
+        """Digest of cases (the training cases) as prepared: contents and settings, 16 hexadecimal digits."""
+        keys = sorted(self.cache.key(case) for case in (self.split.train if cases is None else cases))
         return hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ldm3d.brain import inside
-from ldm3d.metrics import Metric, TooFewVolumes, make_metric
+from ldm3d.metrics import Metric, TooFewVolumes, jackknife, make_metric
 
 LIKE_REAL = "1 is like real"
 
@@ -68,4 +68,5 @@ def _ratio(figures: dict[str, list[float]], n: dict[str, int], how: str) -> Metr
     }
     if figures["reconstructions"]:
         references["reconstructions"] = float(np.mean(figures["reconstructions"])) / unit
-    return make_metric(synthetic.mean(), LIKE_REAL, n, how, references)
+    error = jackknife(lambda kept: float(synthetic[kept].mean()), len(synthetic))
+    return make_metric(synthetic.mean(), LIKE_REAL, n, how, references, error)

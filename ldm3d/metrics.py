@@ -6,7 +6,8 @@ are arrays, tensors or lists (N, X, Y, Z). What is inside the brains is judged i
 copies in `ldm3d.copies`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -30,6 +31,8 @@ class Metric(TypedDict, total=False):
     """A figure and what is needed to read it. Single metrics add reference values of their own."""
 
     value: float | None
+    standard_error: float | None
+    """Of the choice of synthetic volumes. That of real ones is the same for all that is compared."""
     direction: str
     n: dict[str, int]
     how: str
@@ -108,8 +111,13 @@ def fidelity(
         references: dict[str, Any] = {s: distance(points, p) for s, p in sets.items() if s != "synthetic"}
         references["real_halves"] = _halves(points, distance, seed)
         how = f"{kernel}; features {EXTRACTOR}, D = {points.shape[1]}; {PREPROCESSING}"
-        result[name] = make_metric(distance(points, sets["synthetic"]), LOWER, n, how, references)
+        error = jackknife(partial(_distance_of, distance, points, sets["synthetic"]), len(sets["synthetic"]))
+        result[name] = make_metric(distance(points, sets["synthetic"]), LOWER, n, how, references, error)
     return result
+
+
+def _distance_of(distance: Any, points: np.ndarray, others: np.ndarray, kept: list[int]) -> float:
+    return float(distance(points, others[kept]))
 
 
 def _halves(points: np.ndarray, distance: Any, seed: int, splits: int = 20) -> dict[str, Any] | None:
@@ -121,6 +129,19 @@ def _halves(points: np.ndarray, distance: Any, seed: int, splits: int = 20) -> d
     orders = (rng.permutation(len(points)) for _ in range(splits))
     values = [distance(points[order[:half]], points[order[half:]]) for order in orders]
     return {"mean": float(np.mean(values)), "std": float(np.std(values)), "n": half, "splits": splits}
+
+
+def jackknife(figure: Callable[[list[int]], float], count: int) -> float | None:
+    """Standard error of a figure (Efron and Stein 1981, eq. 1.4), from what it is without each volume in turn.
+
+    Args:
+        figure: of the volumes with these indices.
+        count: how many volumes there are; None is returned under 4.
+    """
+    if count < 4:
+        return None
+    values = np.array([figure([i for i in range(count) if i != left_out]) for left_out in range(count)])
+    return float(np.sqrt((count - 1) / count * ((values - values.mean()) ** 2).sum()))
 
 
 def mean_of(volumes: Iterable[np.ndarray]) -> np.ndarray:
@@ -150,7 +171,7 @@ def diversity(
     if min(len(real), len(synthetic)) < 2:
         raise TooFewVolumes(f"needs 2 real and 2 synthetic volumes; there are {len(real)} and {len(synthetic)}")
     kernel, weights = ms_ssim_settings(np.shape(real[0]))
-    values, counts = {}, {}
+    values, counts, chosen = {}, {}, []
     for name, volumes in (("real", real), ("synthetic", synthetic)):
         chosen = _random_pairs(len(volumes), pairs, seed)
         values[name] = np.array([ms_ssim(volumes[i], volumes[j]) for i, j in chosen])
@@ -161,7 +182,13 @@ def diversity(
         f"3-D MS-SSIM of random pairs, air included, Gaussian kernel {kernel}, weights {[round(w, 4) for w in weights]}"
     )
     n = {"real": len(real), "synthetic": len(synthetic), **counts}
-    return {"ms_ssim_pairs": make_metric(values["synthetic"].mean(), "lower is more varied", n, how, references)}
+
+    def without(kept: list[int]) -> float:
+        inside = np.isin(chosen, kept).all(axis=1)  # `chosen` are the synthetic pairs, the last ones
+        return float(values["synthetic"][inside].mean())
+
+    error = jackknife(without, len(synthetic))
+    return {"ms_ssim_pairs": make_metric(values["synthetic"].mean(), "lower is more varied", n, how, references, error)}
 
 
 def ms_ssim_settings(shape: Sequence[int]) -> tuple[int, tuple[float, ...]]:
@@ -202,10 +229,17 @@ def _tensor(volume: Any) -> torch.Tensor:
 
 
 def make_metric(
-    value: float, direction: str, n: dict[str, int], how: str, references: dict[str, Any] | None = None
+    value: float,
+    direction: str,
+    n: dict[str, int],
+    how: str,
+    references: dict[str, Any] | None = None,
+    standard_error: float | None = None,
 ) -> Metric:
     """A figure with what is needed to read it; what is not a finite number becomes None, because JSON has none."""
     metric = Metric(value=_finite(float(value)), direction=direction, n=n, how=how)
+    if standard_error is not None:
+        metric["standard_error"] = _finite(standard_error)
     if references:
         metric["references"] = {key: _finite(reference) for key, reference in references.items()}
     return metric

@@ -127,6 +127,8 @@ class DataConfig(Strict):
     """Another seed gives another split; the split depends on the cases' names alone."""
     cache_dir: Path | None = None
     """Where prepared volumes and latents are kept; by default `cache` beside `data_base_dir`'s content."""
+    latents_dir: Path | None = None
+    """Where latents are kept, if not beside the prepared volumes: those may lie where a run cannot write."""
     num_workers: NotNegative = 2
     """Processes that load batches; 0 loads in the training process."""
 

@@ -31,7 +31,7 @@ NOT_IMPORTED = {"einops", "nilearn", "tensorboard"}
 # Behind others that the service uses: uvicorn's parser and event loop, PyJWT's algorithms, the traces' exporter.
 NOT_IMPORTED_BY_THE_SERVICE = {"httptools", "uvloop", "cryptography", "opentelemetry-exporter-otlp-proto-http"}
 # Imported where a user has it.
-OPTIONAL = {"mlflow"}
+OPTIONAL = {"azure", "azureml-inference-server-http", "mlflow"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -16,10 +16,13 @@ MANIFESTS = ROOT / "mlops"
 
 DEBIAN_PACKAGES = {
     "amtool": "prometheus-alertmanager",
+    "ip": "iproute2",
     "kubectl": "kubernetes-client",
+    "nsenter": "util-linux",
     "prometheus-alertmanager": "prometheus-alertmanager",
     "promtool": "prometheus",
     "redis-server": "redis-server",
+    "unshare": "util-linux",
 }
 """Which package has a program, where it has another name."""
 
