@@ -109,11 +109,22 @@ $(CHECKOV)/run:
 	@$(CHECKOV)/bin/python -m pip install --quiet --disable-pip-version-check checkov==3.3.30
 	@touch $@
 
+# The inference server and MLflow ask for older packages than the service has, and not for the same.
+.venv-azure/run: PACKAGE = azureml-inference-server-http==1.5.1
+.venv-mlflow/run: PACKAGE = mlflow==3.17.2
+.venv-azure/run .venv-mlflow/run: $(VENV)/dev
+	@echo "== environment: $(@D), $(PACKAGE) on top of $(VENV)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ldm3d.pth
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGE)
+	@touch $@
+
 check-ops: $(OPS)/run $(CHECKOV)/run
 	@echo "== the operational files, read by the programs that they are for"
 	@$(OPS)/bin/python -m pytest -n 2 tests_ops/static
 
-test-ops: $(OPS)/run $(VENV)/dev
+test-ops: $(OPS)/run $(VENV)/dev .venv-azure/run .venv-mlflow/run
 	@echo "== the operational files, run"
 	@$(OPS)/bin/python -m pytest -rs tests_ops/real
 
