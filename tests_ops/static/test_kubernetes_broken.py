@@ -243,6 +243,16 @@ BROKEN: dict[str, tuple[Break, str]] = {
         ),
         "monitor can reach redis",
     ),
+    "an API that reaches the world": (
+        lambda o: get(o, "Deployment", "ldm3d-api")["spec"]["template"]["metadata"]["labels"].update(
+            {"ldm3d/to-https": "yes"}
+        ),
+        "api can reach the world",
+    ),
+    "a backup that reaches no bucket": (
+        lambda o: o.remove(get(o, "NetworkPolicy", "labelled-to-https")),
+        "backup cannot reach the world",
+    ),
     "no DNS": (lambda o: o.remove(get(o, "NetworkPolicy", "all-to-dns")), "cannot ask DNS"),
     # autoscaling, figures
     "a scaler without a target": (lambda o: scaler(o)["scaleTargetRef"].update(name="worker"), "no Deployment worker"),
