@@ -360,10 +360,10 @@ def test_apply_where_it_cannot(applied: Path, monkeypatch: pytest.MonkeyPatch, c
         with pytest.raises(roll_out.ConfigError, match=r"must be cpu or cuda|and no --image says what that is"):
             rolled(monkeypatch, *overlay, "--image", image)
     with pytest.raises(roll_out.ConfigError, match="no folder with a kustomization"):
-        rolled(monkeypatch, "apply", "--overlay", "nowhere")
+        rolled(monkeypatch, "apply", "--overlay", "nowhere", "--image", IMAGE)
     assert not applied.exists()
     (applied.parent / "setup.sh").write_text("exit 1")
-    assert rolled(monkeypatch, *overlay) == 1
+    assert rolled(monkeypatch, *overlay, "--image", IMAGE, "--image", CUDA) == 1
     assert "not everything started" in capsys.readouterr().err
 
 

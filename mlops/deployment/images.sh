@@ -66,10 +66,25 @@ arguments() {
   printf '%s\n' --image "$1=$2"
 }
 
+words=$#
+takes() {
+  ((words == $1)) || fail "$2 (see images.sh --help)"
+}
+
 case ${1:-} in
-  version) version ;;
-  sign) [[ $# == 4 ]] || fail "sign IMAGE DIGESTS SBOMS (see images.sh --help)" && sboms=$4 && each sign "$2" "$3" ;;
-  verify | arguments) [[ $# == 3 ]] || fail "$1 IMAGE DIGESTS (see images.sh --help)" && each "$1" "$2" "$3" ;;
+  version)
+    takes 1 version
+    version
+    ;;
+  sign)
+    takes 4 "sign IMAGE DIGESTS SBOMS"
+    sboms=$4
+    each sign "$2" "$3"
+    ;;
+  verify | arguments)
+    takes 3 "$1 IMAGE DIGESTS"
+    each "$1" "$2" "$3"
+    ;;
   -h | --help) usage ;;
-  *) fail "${1:-}: no such command (see images.sh --help)" ;;
+  *) fail "${1:-nothing}: no such command (see images.sh --help)" ;;
 esac

@@ -74,7 +74,7 @@ def apply(overlay: str, images: list[str]) -> None:
     rendered = _rendered(base)
     for image in images:
         rendered = _replaced(rendered, image)
-    if images and (left := re.search(NAMED.format(variant="(?:cpu|cuda)"), rendered, re.MULTILINE)):
+    if left := re.search(NAMED.format(variant="(?:cpu|cuda)"), rendered, re.MULTILINE):
         raise ConfigError(f"--overlay {overlay}: has {left[0].strip()}, and no --image says what that is")
     with tempfile.TemporaryDirectory(prefix="roll-out-") as folder:
         (Path(folder) / "all.yaml").write_text(rendered)
@@ -203,7 +203,7 @@ def parse() -> argparse.Namespace:
         commands.add_parser(name, help=does).add_argument("file", type=Path)
     applied = commands.add_parser("apply", help="roll out, and wait until it runs")
     applied.add_argument("--overlay", required=True, help="a folder of mlops/kubernetes-overlays, or another one")
-    applied.add_argument("--image", dest="images", action="append", default=[], metavar="VARIANT=IMAGE@DIGEST")
+    applied.add_argument("--image", dest="images", action="append", required=True, metavar="VARIANT=IMAGE@DIGEST")
     checked = commands.add_parser("check", help="smoke test, and whether it stays well")
     checked.add_argument("--version", default="", help="which must answer; any by default")
     checked.add_argument("--watch", type=float, default=0, metavar="SECONDS", help="stay and look; 0 by default")
