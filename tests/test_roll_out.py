@@ -354,13 +354,17 @@ def test_apply_puts_digests_in_the_place_of_tags(applied: Path, monkeypatch: pyt
     assert images == [IMAGE[4:], IMAGE[4:], CUDA[5:], "redis:7.4-alpine"]
 
 
-def test_apply_where_it_cannot(applied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_apply_where_it_cannot(applied: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     overlay = ("apply", "--overlay", applied.parent / "overlay")
     for image in (IMAGE[:-1], "ldm3d", IMAGE + " --x", IMAGE.replace("cpu", "tpu"), IMAGE):
         with pytest.raises(roll_out.ConfigError, match=r"must be cpu or cuda|and no --image says what that is"):
             rolled(monkeypatch, *overlay, "--image", image)
     with pytest.raises(roll_out.ConfigError, match="no folder with a kustomization"):
         rolled(monkeypatch, "apply", "--overlay", "nowhere", "--image", IMAGE)
+    cluster.set(manifest="kind: Namespace")
+    with pytest.raises(roll_out.ConfigError, match="has none of our images"):
+        rolled(monkeypatch, *overlay, "--image", IMAGE)
+    cluster.set(manifest=MANIFEST)
     assert not applied.exists()
     (applied.parent / "setup.sh").write_text("exit 1")
     assert rolled(monkeypatch, *overlay, "--image", IMAGE, "--image", CUDA) == 1

@@ -71,9 +71,11 @@ def apply(overlay: str, images: list[str]) -> None:
     base = OVERLAYS / overlay if (OVERLAYS / overlay).is_dir() else Path(overlay)
     if not (base / "kustomization.yaml").is_file():
         raise ConfigError(f"--overlay {overlay}: no folder with a kustomization.yaml")
-    rendered = _rendered(base)
+    named = rendered = _rendered(base)
     for image in images:
         rendered = _replaced(rendered, image)
+    if rendered == named:
+        raise ConfigError(f"--overlay {overlay}: has none of our images")
     if left := re.search(NAMED.format(variant="(?:cpu|cuda)"), rendered, re.MULTILINE):
         raise ConfigError(f"--overlay {overlay}: has {left[0].strip()}, and no --image says what that is")
     with tempfile.TemporaryDirectory(prefix="roll-out-") as folder:
