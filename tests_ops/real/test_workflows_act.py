@@ -43,11 +43,6 @@ class Run(NamedTuple):
     said: str
     calls: list[str]
 
-    def ended(self, job: str) -> str:
-        """How a job ended: succeeded, failed, or that it never ran. Jobs of called workflows have a longer name."""
-        found = re.findall(rf"^\[[^\]]*?{re.escape(job)}\s*\].*Job (succeeded|failed)", self.said, re.MULTILINE)
-        return found[-1] if found else "never ran"
-
 
 class Place:
     """A copy of the repository with stand-ins, where act runs.
@@ -69,7 +64,7 @@ class Place:
             shutil.copytree(ROOT / name, self.repository / name, ignore=shutil.ignore_patterns("__pycache__"))
         release = self.repository / ".github/workflows/deploy.yml"
         # Ten minutes are a long time to look at a service in a test.
-        release.write_text(re.sub(r"watch-seconds: \d+", "watch-seconds: 1", release.read_text()))
+        release.write_text(re.sub(r"watch-seconds: [1-9]\d*", "watch-seconds: 1", release.read_text()))
         self.write("mlops/pipelines/gate.py", "import os, sys\nsys.exit(int(os.environ['GATE']))\n")
         self.write("Makefile", "lint check-ops audit:\n\t@echo made $@\n")
         self.write(".ci/run", "echo made tests\n")
@@ -291,8 +286,6 @@ def test_what_fails_in_staging_is_taken_back_and_never_reaches_production(servic
     """The second roll-out, staging's, breaks the service; going back mends it."""
     place = Place(tmp_path, service)
     kubectl = (place.bin / "kubectl").read_text()
-    broken = 'get deployments")'
-    assert broken in kubectl
     place.on_apply(f"(($(grep -c '^apply$' {tmp_path}/calls.txt) < 2)) || touch {tmp_path}/broken")
     place.program(
         "kubectl",
