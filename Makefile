@@ -10,7 +10,7 @@ SCRATCH := -c config/config_demo.json -e config/environment_demo_scratch.json
 WEIGHTS := checkpoints/demo
 NUM_PHANTOMS := 420
 
-.PHONY: help demo demo-scratch sample serve bench bench-gpu lint test check-ops test-ops clean
+.PHONY: help demo demo-scratch sample serve bench bench-gpu lint test check-ops test-ops audit clean
 
 help:
 	@echo "make demo          train on the embedded data from the demo weights, sample, evaluate (about 10 minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test          linters, types and the whole test suite"
 	@echo "make check-ops     judge containers, manifests, pipelines, rules with the programs that read them (2 minutes)"
 	@echo "make test-ops      run them for real, as far as this machine has what they need"
+	@echo "make audit         known weaknesses of the packages in the container images (needs a network)"
 	@echo "make clean         remove what the demo has made, except the data set and the environment"
 
 $(VENV)/run: requirements.txt
@@ -127,6 +128,11 @@ check-ops: $(OPS)/run $(CHECKOV)/run
 test-ops: $(OPS)/run $(VENV)/dev .venv-azure/run .venv-mlflow/run
 	@echo "== the operational files, run"
 	@$(OPS)/bin/python -m pytest -rs tests_ops/real
+
+# The lock of the larger image, which has every package of the smaller one. What cannot be looked up is a failure.
+audit: $(OPS)/run
+	@echo "== known weaknesses of packages"
+	@$(OPS)/bin/pip-audit --strict --disable-pip --require-hashes -r mlops/docker/locks/cuda-py3.11.txt
 
 clean:
 	rm -rf results/demo results/demo_scratch results/sample runs/demo runs/demo_scratch \

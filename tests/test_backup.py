@@ -194,17 +194,31 @@ def test_an_audit_log_that_is_written_to_is_saved_between_two_entries(call: Call
     for writer in writers:
         writer.start()
     try:
-        for number in range(8):
+        for number in range(60):
             made(call, vault, folder)
             back = tmp_path / f"back{number}"
             assert call("restore", "--from", vault, "--to", back).code == 0
             found = verify(back)
             assert (found.problems, found.notices) == ([], [])
+            if number >= 7 and found.entries > 100:
+                break
     finally:
         stop.set()
         for writer in writers:
             writer.join()
     assert found.entries > 100
+
+
+def test_each_replicas_audit_log_is_one_of_its_own(call: Call, data: Path, vault: Path, tmp_path: Path) -> None:
+    """On a cluster each pod writes to a folder of its own inside `audit`."""
+    for pod, number in (("api-0", 3), ("api-1", 4)):
+        write(data / "audit" / pod, number)
+    for source, folders in ((data, ("audit", "audit/api-0", "audit/api-1")), (data / "audit", (".", "api-0", "api-1"))):
+        made(call, vault, source)
+        back = call("restore", "--from", vault, "--to", tmp_path / f"{source.name}2").err
+        assert [line for line in back.splitlines() if line.startswith("audit log")] == [
+            f"audit log {folder}: {number} entries" for folder, number in zip(folders, (5, 3, 4), strict=True)
+        ]
 
 
 def test_weights_that_are_replaced_meanwhile_still_belong_together(
@@ -579,8 +593,14 @@ def test_an_upload_that_stays_half_is_no_backup(
         (("create", "--to", "."), "the following arguments are required: --from"),
         (("prune", "--from", "."), "the following arguments are required: --keep"),
         (("verify", "--from", "."), "there is no backup"),
-        (("verify", "--from", ".", "--backup", "../x"), "../x: no name of a backup, such as 20260131T020000Z-1a2b"),
-        (("verify", "--from", ".", "--backup", "20260131T020000Z-1a2b"), "has no backup 20260131T020000Z-1a2b"),
+        (
+            ("verify", "--from", ".", "--backup", "../x"),
+            "../x: no name of a backup, such as 20260131T020000.000000Z-1a2b",
+        ),
+        (
+            ("verify", "--from", ".", "--backup", "20260131T020000.000000Z-1a2b"),
+            "has no backup 20260131T020000.000000Z-1a2b",
+        ),
         (("restore", "--from", ".", "--to", "a"), "there is no backup"),
     ],
 )

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (12, 16, 12)
 KEY = "ldm3d_abcd1234_" + "s" * 43
 DIGEST = "sha256:" + "0123456789abcdef" * 4
-IMAGE = f"ldm3d:0.1.0-cpu=registry.example/lab/ldm3d@{DIGEST}"
+IMAGE = f"cpu=registry.example/lab/ldm3d@{DIGEST}"
+CUDA = IMAGE.replace("cpu=", "cuda=").replace("@sha256:0", "@sha256:f")
 MANIFEST = """
 kind: Deployment
 spec:
@@ -32,7 +33,7 @@ spec:
     name: api
   - image: "ldm3d:0.1.0-cpu"
   - name: worker
-    image: ldm3d:0.1.0-cuda
+    image: localhost:5000/lab/ldm3d:0.1.0-cuda
   - image: redis:7.4-alpine
 """
 
@@ -348,23 +349,25 @@ def applied(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_apply_puts_digests_in_the_place_of_tags(applied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rolled(monkeypatch, "apply", "--overlay", applied.parent / "overlay", "--image", IMAGE) == 0
-    text = applied.read_text()
-    assert text.count(f"image: registry.example/lab/ldm3d@{DIGEST}\n") == 2
-    assert "ldm3d:0.1.0-cpu" not in text
-    assert "image: ldm3d:0.1.0-cuda" in text and "image: redis:7.4-alpine" in text
+    assert rolled(monkeypatch, "apply", "--overlay", applied.parent / "overlay", "--image", IMAGE, "--image", CUDA) == 0
+    images = [line.split("image: ")[1] for line in applied.read_text().splitlines() if "image: " in line]
+    assert images == [IMAGE[4:], IMAGE[4:], CUDA[5:], "redis:7.4-alpine"]
 
 
-def test_apply_where_it_cannot(applied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_apply_where_it_cannot(applied: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     overlay = ("apply", "--overlay", applied.parent / "overlay")
-    for image in (IMAGE.replace("0.1.0", "9"), IMAGE[:-1], "ldm3d", IMAGE + " --x"):
-        with pytest.raises(roll_out.ConfigError, match="--image"):
+    for image in (IMAGE[:-1], "ldm3d", IMAGE + " --x", IMAGE.replace("cpu", "tpu"), IMAGE):
+        with pytest.raises(roll_out.ConfigError, match=r"must be cpu or cuda|and no --image says what that is"):
             rolled(monkeypatch, *overlay, "--image", image)
     with pytest.raises(roll_out.ConfigError, match="no folder with a kustomization"):
-        rolled(monkeypatch, "apply", "--overlay", "nowhere")
+        rolled(monkeypatch, "apply", "--overlay", "nowhere", "--image", IMAGE)
+    cluster.set(manifest="kind: Namespace")
+    with pytest.raises(roll_out.ConfigError, match="has none of our images"):
+        rolled(monkeypatch, *overlay, "--image", IMAGE)
+    cluster.set(manifest=MANIFEST)
     assert not applied.exists()
     (applied.parent / "setup.sh").write_text("exit 1")
-    assert rolled(monkeypatch, *overlay) == 1
+    assert rolled(monkeypatch, *overlay, "--image", IMAGE, "--image", CUDA) == 1
     assert "not everything started" in capsys.readouterr().err
 
 

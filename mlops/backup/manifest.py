@@ -16,8 +16,8 @@ from ldm3d.errors import DataError
 MANIFEST = "manifest.json"
 LARGEST_BYTES = 64 * 2**20
 """Far above what a manifest has: one that is larger is not read into memory."""
-NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{4}")
-"""A backup's: when it was begun (UTC), and four digits for those of the same second."""
+NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{4}")
+"""A backup's: when it was begun (UTC), and four digits: no two processes choose the same. Sorted by age."""
 PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}")
 """Of a path."""
 

@@ -24,7 +24,7 @@ from mlops.remote import patiently, reach
 
 UNFINISHED = timedelta(days=1)
 """No backup takes so long: what has no manifest then was begun by a process that has ended."""
-TIME = "%Y%m%dT%H%M%SZ"
+TIME = "%Y%m%dT%H%M%S.%fZ"
 
 
 def new_name(now: datetime) -> str:
@@ -93,7 +93,7 @@ class Vault:
             DataError: its manifest is damaged.
         """
         if not NAME.fullmatch(name):
-            raise ConfigError(f"{name}: no name of a backup, such as 20260131T020000Z-1a2b")
+            raise ConfigError(f"{name}: no name of a backup, such as 20260131T020000.000000Z-1a2b")
         path = self._path(name, MANIFEST)
         try:
             text = self._do(name, lambda: b"".join(self._read(path, LARGEST_BYTES)))

@@ -1,7 +1,7 @@
 """Bring an image into a cluster, see that it works there, and go back where it does not.
 
     python -m mlops.deployment.roll_out remember before.json
-    python -m mlops.deployment.roll_out apply --overlay gpu --image ldm3d:0.1.0-cpu=registry/ldm3d@sha256:...
+    python -m mlops.deployment.roll_out apply --overlay gpu --image cpu=registry/ldm3d@sha256:... --image cuda=...
     python -m mlops.deployment.roll_out check --version 0.1.0 --watch 300
     python -m mlops.deployment.roll_out back before.json
 
@@ -36,7 +36,9 @@ DEPLOYMENTS = ("ldm3d-worker", "ldm3d-monitor", "ldm3d-api")
 PORT = 8000
 ROLLOUT_TIMEOUT = "15m"
 WATCH_PAUSE_SECONDS = 5.0
-IMAGE = re.compile(r"([\w./-]+):([\w.-]+)=([\w./:-]+)@(sha256:[0-9a-f]{64})")
+IMAGE = re.compile(r"(cpu|cuda)=([\w./:-]+@sha256:[0-9a-f]{64})")
+NAMED = r"(^\s*(?:- )?image: )\"?(?:[\w.:-]+/)*ldm3d:[\w.-]+-{variant}\"?$"
+"""A line of a manifest with one of our images, in whatever registry: `ldm3d:0.1.0-cpu`."""
 
 
 def kubectl(*words: str) -> str:
@@ -60,18 +62,22 @@ def apply(overlay: str, images: list[str]) -> None:
 
     Args:
         overlay: a folder of mlops/kubernetes-overlays, or another one.
-        images: `name:tag=registry/name@sha256:digest`: what the manifests say, and what it is.
+        images: `cpu=registry/name@sha256:digest`, `cuda=...`: what is to run where a manifest names that variant.
 
     Raises:
-        ConfigError: no such overlay, or no such image in it.
+        ConfigError: no such overlay, or an image in it that is none of these.
         Failed: it does not start.
     """
     base = OVERLAYS / overlay if (OVERLAYS / overlay).is_dir() else Path(overlay)
     if not (base / "kustomization.yaml").is_file():
         raise ConfigError(f"--overlay {overlay}: no folder with a kustomization.yaml")
-    rendered = _rendered(base)
+    named = rendered = _rendered(base)
     for image in images:
         rendered = _replaced(rendered, image)
+    if rendered == named:
+        raise ConfigError(f"--overlay {overlay}: has none of our images")
+    if left := re.search(NAMED.format(variant="(?:cpu|cuda)"), rendered, re.MULTILINE):
+        raise ConfigError(f"--overlay {overlay}: has {left[0].strip()}, and no --image says what that is")
     with tempfile.TemporaryDirectory(prefix="roll-out-") as folder:
         (Path(folder) / "all.yaml").write_text(rendered)
         (Path(folder) / "kustomization.yaml").write_text("resources: [all.yaml]\n")
@@ -90,13 +96,8 @@ def _replaced(rendered: str, image: str) -> str:
     """With one image in the place of another. kustomize's own `images` knows names only, and ours differ by tag."""
     parts = IMAGE.fullmatch(image)
     if not parts:
-        raise ConfigError(f"--image {image}: must be NAME:TAG=REGISTRY/NAME@sha256:DIGEST")
-    name, tag, target, digest = parts.groups()
-    line = re.compile(rf"(^\s*(?:- )?image: )\"?{re.escape(name)}:{re.escape(tag)}\"?$", re.MULTILINE)
-    rendered, count = line.subn(rf"\g<1>{target}@{digest}", rendered)
-    if not count:
-        raise ConfigError(f"--image {image}: the overlay has no {name}:{tag}")
-    return rendered
+        raise ConfigError(f"--image {image}: must be cpu or cuda, and what it is: cpu=REGISTRY/NAME@sha256:DIGEST")
+    return re.sub(NAMED.format(variant=parts[1]), rf"\g<1>{parts[2]}", rendered, flags=re.MULTILINE)
 
 
 def check(version: str, watch: float) -> None:
@@ -204,7 +205,7 @@ def parse() -> argparse.Namespace:
         commands.add_parser(name, help=does).add_argument("file", type=Path)
     applied = commands.add_parser("apply", help="roll out, and wait until it runs")
     applied.add_argument("--overlay", required=True, help="a folder of mlops/kubernetes-overlays, or another one")
-    applied.add_argument("--image", dest="images", action="append", default=[], metavar="NAME:TAG=IMAGE@DIGEST")
+    applied.add_argument("--image", dest="images", action="append", required=True, metavar="VARIANT=IMAGE@DIGEST")
     checked = commands.add_parser("check", help="smoke test, and whether it stays well")
     checked.add_argument("--version", default="", help="which must answer; any by default")
     checked.add_argument("--watch", type=float, default=0, metavar="SECONDS", help="stay and look; 0 by default")
