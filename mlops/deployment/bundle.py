@@ -54,6 +54,7 @@ def create(config_file: Path, model_dir: Path, output: Path) -> Path:
     """
     require_writable(output)
     check(config_file, model_dir)
+    output.mkdir(parents=True, exist_ok=True)
     name = f"ldm3d-{__version__}-cp{sys.version_info[0]}{sys.version_info[1]}-{platform.system()}-{platform.machine()}"
     archive = output / f"{name.lower()}.tar"
     with tempfile.TemporaryDirectory(dir=output) as temporary:
@@ -119,10 +120,14 @@ def add_wheels(folder: Path) -> None:
 
 def run(*command: object) -> str:
     """A command's output. Raises `UserError` with what it said last if it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT, check=False)
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{words[0]}: there is no such program") from error
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
-        raise UserError(f"{command[0]} {command[1]} failed: {said[-1]}")
+        raise UserError(f"{' '.join(words[:4])} failed: {said[-1]}")
     return done.stdout
 
 
@@ -132,7 +137,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Owner, order and times do not depend on the machine. Not compressed: wheels and weights cannot be made smaller."""
+    """Owner, order and times do not depend on the machine. Not compressed: wheels and weights are already."""
 
     def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = entry.mtime = 0
