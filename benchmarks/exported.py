@@ -29,7 +29,7 @@ STEPS = 20
 
 def main() -> None:
     args = arguments(__doc__).parse_args()
-    repeats = 1 if args.tiny else 15
+    repeats = 1 if args.tiny else 9
     sampler = Sampler.from_folder(WEIGHTS, CPU, amp=False)
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = Path(name)

@@ -19,16 +19,11 @@ print(*(sys.implementation.name, "%d.%d" % sys.version_info[:2], platform.system
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   fail "$python cannot make environments; install its venv module first (Debian: python3-venv)"
 
-# Nothing may be missing, changed, or there besides.
 sha256sum --check --strict --quiet SHA256SUMS >&2 || fail "the bundle is damaged or not whole; copy it again"
-unknown=$(find . -path ./venv -prune -o -type f ! -name SHA256SUMS -print | while read -r file; do
-  grep -qF "  $file" SHA256SUMS || echo "$file"
-done)
-[ -z "$unknown" ] || fail "not part of the bundle: $(echo "$unknown" | head -n 1); unpack it into a folder of its own"
 
 echo "== environment: $here/venv"
 "$python" -m venv --clear venv
-# pip checks the digests once more, and asks nobody for anything else.
+# pip takes the wheels that are listed and no others, checks their digests once more, and asks nobody.
 PIP_CONFIG_FILE=/dev/null venv/bin/python -m pip --isolated install --quiet --disable-pip-version-check \
   --no-index --no-deps --require-hashes -r wheels.txt || fail "the wheels cannot be installed"
 PIP_CONFIG_FILE=/dev/null venv/bin/python -m pip --isolated check || fail "the wheels do not fit together"

@@ -22,7 +22,7 @@ def test_the_installer_is_clean() -> None:
     ("right", "wrong", "named"),
     [
         ('cd "$(dirname "$0")"', "cd $(dirname $0)", "SC2046"),
-        ("while read -r file", "while read file", "SC2162"),
+        ('[ "$found" = "$wanted" ]', "[ $found = $wanted ]", "SC2086"),
         ("set -eu", "set -eu\n   here=.", "here=."),
     ],
 )
