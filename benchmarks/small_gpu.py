@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,23 @@ def predict(name: str, gib: float, amp: bool) -> dict[str, Any]:
     weights = nbytes([list(network.parameters()) for network in (autoencoder, unet)])
     room, movable = gib * GIB - CONTEXT_BYTES - weights, nbytes(list(unet.parameters()))
     kept, moved = (choose_plan(autoencoder, latent, int(room), amp, size) for size in (0, movable))
-    with TRACED["diffusion"](cfg, amp) as traced:
-        sampled = traced.sample(1) - traced.training_only()
     return {
         "config": name,
         "precision": "autocast" if amp else "fp32",
         "card GiB": gib,
-        "denoising GiB": sampled / GIB,
+        "denoising GiB": denoising(name, amp) / GIB,
         "U-Net kept": str(kept),
         "kept GiB": (kept.peak + weights) / GIB,
         "as it is done": str(moved) + (", U-Net on the host" if moved.alone else ""),
         "done GiB": (moved.peak + weights - movable * moved.alone) / GIB,
     }
+
+
+@cache
+def denoising(name: str, amp: bool) -> int:
+    """Peak while a volume's latent is made, with all weights."""
+    with TRACED["diffusion"](config(name), amp) as traced:
+        return int(traced.sample(1) - traced.training_only())
 
 
 def rows() -> Iterator[dict[str, Any]]:

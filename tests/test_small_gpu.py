@@ -5,6 +5,7 @@ There need be no GPU: here one is pretended. What is sent to `cuda` is copied an
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ldm3d import sampling
+from benchmarks import small_gpu
+from ldm3d import decoding, sampling
 from ldm3d.config import load_config
 from ldm3d.decoding import GIB, RESERVE, Plan, choose_plan
 from ldm3d.decoding_costs import Costs
@@ -202,3 +204,34 @@ def test_it_is_moved_only_where_that_changes_the_plan(room: float, movable: floa
 def test_what_fits_neither_way_is_refused() -> None:
     with pytest.raises(ConfigError, match="even in windows of 8"):
         plan(0.001, 0.001)
+
+
+# The benchmark, whose own figures need a GPU
+
+
+def test_a_card_of_6_gb_decodes_whole_because_the_unet_leaves_it() -> None:
+    row = small_gpu.predict("16g", 5.75, True)
+    assert row["U-Net kept"].startswith("exact in 3 slabs")
+    assert row["as it is done"] == "whole, U-Net on the host"
+    assert row["done GiB"] < row["kept GiB"] + 2
+    assert small_gpu.predict("16g", 8, True)["as it is done"] == "whole"
+
+
+def test_what_is_measured_on_a_gpu_runs(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = sampler_on(CUDA)
+    size = whole(sampler) + weights(sampler.unet) / 2 + weights(sampler.autoencoder)
+    gpu.there.clear()
+    for name in ("set_per_process_memory_fraction", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
+    for name in ("memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: sum(gpu.there.values()))
+    monkeypatch.setattr(small_gpu, "config", lambda name: tiny.config(diffusion_train={"patch_size": [24, 24, 24]}))
+    monkeypatch.setattr(small_gpu, "sampler_of", lambda cfg, device: sampler_on(device))
+    monkeypatch.setattr(decoding, "SLAB_BYTES", (2**17,))
+    for name in ("free_bytes", "choose_plan"):
+        monkeypatch.setattr(sampling, name, getattr(sampling, name))
+    found = small_gpu.measure("16g", (size + small_gpu.CONTEXT_BYTES) / GIB, False)
+    assert found["measured decoding"] == "whole, alone"
+    assert found["measured kept decoding"].startswith("exact in ")
+    assert found["difference"] < 1e-4
