@@ -27,6 +27,7 @@ ROOT = HERE.parents[1]
 REQUIREMENTS = ROOT / "requirements-service.txt"
 NOT_SHIPPED = ("checkpoints", "tests", "tests_ops", ".github")
 """Of the code: what is of no use there, and weights, which come from the folder that is asked for."""
+PUBLISHED = (AUTOENCODER, UNET, "README.md", "reference_profile.json")
 ENVIRONMENT = {
     "model_dir": "../models",
     "tfevent_path": "../runs",
@@ -100,11 +101,14 @@ def add_code(folder: Path) -> None:
 
 
 def add_models(folder: Path, config_file: Path, model_dir: Path) -> None:
-    """Weights with all that is published beside them, and the three files that say where they are."""
-    published = [path for path in sorted(model_dir.iterdir()) if path.suffix in (".safetensors", ".json", ".md")]
+    """The weights and what belongs to them, and the three files that say where they are.
+
+    Nothing else of the folder: a training keeps its split there, with the names of cases.
+    """
     (folder / "models").mkdir()
-    for path in published:
-        shutil.copyfile(path, folder / "models" / path.name)
+    for name in PUBLISHED:
+        if (model_dir / name).is_file():
+            shutil.copyfile(model_dir / name, folder / "models" / name)
     shutil.copyfile(config_file, folder / "config.json")
     write_text(folder / "environment.json", json.dumps(ENVIRONMENT, indent=2) + "\n")
     write_text(folder / "models.yaml", MODELS.format(name=model_dir.resolve().name))
