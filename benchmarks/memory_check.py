@@ -4,7 +4,8 @@ python -m benchmarks.memory_check --output benchmarks/results/memory_cpu.json
 
 On a CPU: training steps of both stages with real tensors, each in a process of its own. Measured are the peak of live
 tensors and the growth of resident memory. On a GPU (--gpu): the configurations for 16 and 32 GB as they are, under a
-cap of so much memory, against `max_memory_allocated` and `max_memory_reserved`.
+cap of so much memory, against `max_memory_allocated` and `max_memory_reserved`; and sampling with their networks under
+caps of small cards, where the U-Net may have to wait on the host: `benchmarks.small_gpu`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import small_gpu
 from benchmarks.measure import write_result
 from ldm3d.autoencoder_stage import AutoencoderStage
 from ldm3d.config import load_config
@@ -156,6 +158,7 @@ def on_gpu() -> Iterator[dict[str, Any]]:
                 cells = "".join(f"{value / GIB:10.2f}" for value in [*figures, needed(figures[0])])
                 print(f"{gib}g {stage} {mode:<16}{cells}{row.get('seconds', float('nan')):8.3f}", flush=True)
                 yield row
+    yield from small_gpu.rows()
 
 
 def gpu_settings(task: dict[str, Any]) -> Any:

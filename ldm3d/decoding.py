@@ -5,7 +5,9 @@ top of what is there before: the weights, and on a CPU Python and torch.
 """
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from monai.inferers import sliding_window_inference
@@ -37,6 +39,7 @@ class Plan:
         slabs: how many of them the finest volume has.
         keep: where whole volumes wait between pieces.
         window: its side in voxels of the latent; 0 if it is not done in windows.
+        alone: what can leave the device must have left it.
     """
 
     peak: int
@@ -44,6 +47,7 @@ class Plan:
     slabs: int = 0
     keep: Keep = field(default_factory=Keep)
     window: int = 0
+    alone: bool = False
 
     @property
     def exact(self) -> bool:
@@ -60,7 +64,9 @@ class Plan:
         return f"{precision} in {self.slabs} slabs, whole volumes {waiting}"
 
 
-def choose_plan(autoencoder: AutoencoderKL, latent: Tensor, budget: int | None = None, autocast: bool = False) -> Plan:
+def choose_plan(
+    autoencoder: AutoencoderKL, latent: Tensor, budget: int | None = None, autocast: bool = False, movable: int = 0
+) -> Plan:
     """The first of these that fits: whole, exact pieces, pieces with 16-bit volumes between them, windows.
 
     Args:
@@ -68,15 +74,34 @@ def choose_plan(autoencoder: AutoencoderKL, latent: Tensor, budget: int | None =
         latent: (B, C, X, Y, Z) on the device that computes; its values do not matter.
         budget: bytes; None for what is free.
         autocast: convolutions compute in 16 bit.
+        movable: bytes on the device, outside the budget, that can wait on the host; the plan is `alone` if so.
 
     Raises:
         ConfigError: not even small windows fit.
     """
+    room = free_bytes(latent.device) if budget is None else budget
+    if room is None:
+        return Plan(Costs(autoencoder, tuple(latent.shape), autocast).whole())
+    plan = _fitting(autoencoder, latent, room, autocast)
+    if movable and (plan is None or str(plan) != "whole"):
+        roomier = _fitting(autoencoder, latent, room + movable, autocast, to_host=movable)
+        if roomier is not None and str(roomier) != str(plan):
+            return replace(roomier, alone=True)
+    if plan is None:
+        smallest = _windowed(autoencoder, latent, SMALLEST_WINDOW, autocast).peak
+        raise ConfigError(
+            f"decoding needs {smallest * RESERVE / GIB:.2g} GiB even in windows of {SMALLEST_WINDOW} latent voxels, "
+            f"and there are {room / GIB:.2g}: raise sampling.decode_gib, or free memory"
+        )
+    return plan
+
+
+def _fitting(autoencoder: AutoencoderKL, latent: Tensor, room: int, autocast: bool, to_host: int = 0) -> Plan | None:
+    """The first plan that fits into `room` bytes, where `to_host` more go to the host than the plan's own."""
     device = latent.device
-    room = free_bytes(device) if budget is None else budget
     costs = Costs(autoencoder, tuple(latent.shape), autocast)
     whole = Plan(costs.whole())
-    if room is None or whole.peak * RESERVE <= room:
+    if whole.peak * RESERVE <= room:
         return whole
     host = free_bytes(torch.device("cpu"))
     for half in (False,) if autocast else (False, True):
@@ -84,24 +109,40 @@ def choose_plan(autoencoder: AutoencoderKL, latent: Tensor, budget: int | None =
             for slab_bytes in SLAB_BYTES:
                 keep = Keep(on_host, half)
                 peak, waiting = costs.pieces(slab_bytes, keep)
-                if peak * RESERVE <= room and (not on_host or host is None or waiting * RESERVE <= host):
+                if peak * RESERVE <= room and (not on_host or host is None or waiting * RESERVE + to_host <= host):
                     return Plan(peak, slab_bytes, costs.slabs(slab_bytes), keep)
-    return _windows(autoencoder, latent, room, autocast)
+    for side in range(max(latent.shape[2:]), SMALLEST_WINDOW - 1, -1):
+        plan = _windowed(autoencoder, latent, side, autocast)
+        if plan.peak * RESERVE <= room:
+            return plan
+    return None
 
 
-def _windows(autoencoder: AutoencoderKL, latent: Tensor, room: int, autocast: bool) -> Plan:
+def _windowed(autoencoder: AutoencoderKL, latent: Tensor, side: int, autocast: bool) -> Plan:
     sizes = tuple(latent.shape)
-    for side in range(max(sizes[2:]), SMALLEST_WINDOW - 1, -1):
-        window = (*sizes[:2], *(min(side, n) for n in sizes[2:]))
-        costs = Costs(autoencoder, window, autocast)
-        # On a CPU the image, its weights and their quotient are there too.
-        peak = costs.whole() + (0 if latent.device.type == "cuda" else 3 * Costs(autoencoder, sizes, autocast).image)
-        if peak * RESERVE <= room:
-            return Plan(peak, window=side)
-    raise ConfigError(
-        f"decoding needs {peak * RESERVE / GIB:.2g} GiB even in windows of {SMALLEST_WINDOW} latent voxels, and there "
-        f"are {room / GIB:.2g}: raise sampling.decode_gib, or free memory"
-    )
+    window = (*sizes[:2], *(min(side, n) for n in sizes[2:]))
+    # On a CPU the image, its weights and their quotient are there too.
+    images = 0 if latent.device.type == "cuda" else 3 * Costs(autoencoder, sizes, autocast).image
+    return Plan(Costs(autoencoder, window, autocast).whole() + images, window=side)
+
+
+@contextmanager
+def waiting_on_host(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within, a network's weights are in the host's memory; afterwards they are on `device` again.
+
+    Not after an error, as what filled the device may still be there: who computes with the network brings it back.
+    """
+    move(network, torch.device("cpu"))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    yield
+    move(network, device)
+
+
+def move(network: nn.Module, device: torch.device) -> None:
+    """Take a network's weights to a device, so that training can go on with them also if this is done in sampling."""
+    with torch.inference_mode(False):
+        network.to(device)
 
 
 @torch.no_grad()

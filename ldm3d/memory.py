@@ -19,8 +19,8 @@ from ldm3d.schema import Config
 
 STAGES = {"autoencoder": "stage 1", "diffusion": "stage 2"}
 TRAINING = "training step"
-# Where it does not fit, volumes are decoded in pieces.
-DECODING_WHOLE = "decoding whole"
+# Where one does not fit the next is tried, and at last volumes are decoded in pieces.
+DECODING_WHOLE = ("decoding whole", "decoding whole, U-Net on the host")
 # Volumes that train_diffusion.py samples at once for TensorBoard.
 PREVIEWS = 2
 
@@ -73,7 +73,9 @@ def _of_sampling(traced: TracedDiffusion) -> dict[str, int]:
     if train.sample_interval:
         peaks["previews while training"] = max(traced.sample(PREVIEWS), decoding)
     peaks["sampling (inference.py)"] = traced.sample(at_once) - training_only
-    peaks[DECODING_WHOLE] = decoding - training_only
+    whole, alone = DECODING_WHOLE
+    peaks[whole] = decoding - training_only
+    peaks[alone] = peaks[whole] - traced.ema()
     peaks["decoding in pieces"] = traced.decode_in_pieces()
     return peaks
 
@@ -108,7 +110,7 @@ def report(cfg: Config, gpu_gib: float | None) -> tuple[str, bool]:
         f"{name} of {STAGES[stage]}"
         for stage, m in memories.items()
         for name, p in m.peaks.items()
-        if p > limit and name != DECODING_WHOLE
+        if p > limit and name not in DECODING_WHOLE
     ]
     lines = [*_table(cfg, memories), *_notes(cfg)]
     if gpu_gib is not None:

@@ -7,6 +7,7 @@ another number of threads, and on a GPU another batch size, can add in another o
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +15,10 @@ import torch
 from monai.networks.nets import AutoencoderKL
 from torch import Tensor, nn
 
+from ldm3d.allocator import free_bytes
 from ldm3d.cards import AUTOENCODER, UNET, DiffusionCard
 from ldm3d.console import log
-from ldm3d.decoding import GIB, Plan, choose_plan, decode
+from ldm3d.decoding import GIB, Plan, choose_plan, decode, move, waiting_on_host
 from ldm3d.diffusion import sample_latent
 from ldm3d.errors import ConfigError, WeightsError
 from ldm3d.files import sha256
@@ -126,9 +128,10 @@ class Sampler:
         name, count = choose_sampler(self.card.schedule, scheduler, steps)
         generators = [volume_generator(*volume) for volume in volumes]
         noise = torch.stack([torch.randn(self.card.latent_shape, generator=g) for g in generators]).to(self.device)
+        move(self.unet, self.device)  # on a GPU an error may have left it on the host
         with batch_invariant(self.device):
             latents = sample_latent(self._denoise, noise, generators, self.card.schedule, name, count, on_step)
-            return torch.cat([self.decode(latent[None]) for latent in latents])
+            return self.decode(latents)
 
     def _denoise(self, latent: Tensor, timesteps: Tensor) -> Tensor:
         # Without oneDNN a single sample would be convolved by another kernel than several: it is given a twin.
@@ -139,19 +142,27 @@ class Sampler:
             prediction = self.unet(latent, timesteps=timesteps).float()
         return prediction[:1] if alone else prediction
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Scaled latent (1, C, X, Y, Z) -> volume (1, 1, X', Y', Z') in [0, 1], float32 on the CPU.
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, X, Y, Z), one after the other -> volumes (B, 1, X', Y', Z') in [0, 1], on the CPU.
 
-        How is kept as `decoding`, and logged where it is in pieces or windows and was not so before.
+        How is kept as `decoding`, and logged where it is in pieces or windows and was not so before. On a GPU without
+        room enough the U-Net waits on the host meanwhile.
 
         Raises:
             ConfigError: there is not memory enough.
         """
-        latent = self.statistics.restore(latent)
-        plan = choose_plan(self.autoencoder, latent, self.decode_bytes, self.precision.enabled)
+        latents = self.statistics.restore(latents)
+        weights = sum(p.numel() * p.element_size() for p in self.unet.parameters())
+        movable = 0 if self.device.type == "cpu" else weights
+        budget = free_bytes(self.device) if self.decode_bytes is None else self.decode_bytes
+        plan = choose_plan(self.autoencoder, latents[:1], budget, self.precision.enabled, movable)
         if str(plan) != str(self.decoding) and (plan.slab_bytes or plan.window):
             log(f"decoding: {plan}, about {plan.peak / GIB:.2g} GiB")
         self.decoding = plan
+        with waiting_on_host(self.unet, self.device) if plan.alone else nullcontext():
+            return torch.cat([self._decode(latent[None], plan) for latent in latents])
+
+    def _decode(self, latent: Tensor, plan: Plan) -> Tensor:
         with self.precision.autocast():
             volume = decode(self.autoencoder, latent, plan)
         return volume.float().clamp(*self.card.intensity_range).cpu()

@@ -193,6 +193,7 @@ def test_table_and_exit_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     rows = "parameters", "EMA", "activations, autocast, checkpointing norms", "peak: decoding in pieces"
     for row in rows:
         assert re.search(rf"^{re.escape(row)} .*\d\.\d\d$", shown, re.MULTILINE), row
+    assert "peak: decoding whole, U-Net on the host" in shown
     assert run(monkeypatch, cfg, tmp_path, "--gpu-gib", "1.17") == 1
     shown = capsys.readouterr().out
     assert "does not fit 1.17 GiB" in shown

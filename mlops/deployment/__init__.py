@@ -1,1 +1,1 @@
-"""The model outside the service: managed endpoints and small machines."""
+"""Ways to run a trained model elsewhere, and to release it."""
