@@ -177,6 +177,13 @@ def test_metrics_tell_when_how_large_and_how_long(call: Call, data: Path, vault:
     assert values["ldm3d_backup_audit_intact"] == 1
 
 
+def test_a_backup_is_good_although_its_metrics_are_not_taken(call: Call, data: Path, vault: Path) -> None:
+    said = call("create", "--from", data, "--to", vault, "--push", "http://127.0.0.1:1")
+    assert said.code == 2
+    assert "error: --push http://127.0.0.1:1: the metrics were not taken" in said.err
+    assert call("verify", "--from", vault).code == 0
+
+
 # While others write.
 
 

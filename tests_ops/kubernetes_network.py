@@ -22,6 +22,7 @@ FLOWS = {
     ("worker", "redis", 6379),
     ("train", "train", ANY),
     ("drift", "monitoring", 9091),
+    ("backup", "monitoring", 9091),
 }
 """From, to, port: exactly these connections must be possible."""
 

@@ -6,10 +6,11 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
+from prometheus_client import CollectorRegistry, Gauge
 
 from ldm3d import __version__
-from ldm3d.errors import ConfigError, DataError, OutputError
+from ldm3d.errors import ConfigError, DataError
+from mlops import run_metrics
 from mlops.api.audit_chain import Findings
 from mlops.backup.manifest import AuditEnd, Content, SavedFile, Source
 from mlops.backup.restore import choose, restore
@@ -18,6 +19,8 @@ from mlops.backup.vault import Vault, new_name
 from mlops.commands import Parser, run_command
 from mlops.remote import warn
 
+METRICS_JOB = "ldm3d_backup"
+"""What a pushgateway keeps them under."""
 EXAMPLES = """examples:
   python -m mlops.backup create --from checkpoints/demo service_data --to abfs://backups/ldm3d --keep 7 --keep-days 30
   python -m mlops.backup list --from abfs://backups/ldm3d
@@ -64,6 +67,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--to", required=True, metavar="URL", help="a folder, s3://, gs:// or abfs://")
     made.add_argument("--with-keys", action="store_true", help="also keys.json, *.key and *.pem")
     made.add_argument("--textfile", type=Path, metavar="FILE", help="metrics of this backup for Prometheus")
+    made.add_argument("--push", metavar="URL", help="send them to a pushgateway")
     back = commands.add_parser("restore", help="bring a source back into an empty folder")
     shown = commands.add_parser("list", help="which backups there are")
     checked = commands.add_parser("verify", help="read a backup, and compare it with its digests")
@@ -116,8 +120,11 @@ def create(vault: Vault, args: argparse.Namespace) -> int:
     warn(f"{_described(backup, content)} in {seconds:.1f} s")
     for suspicion in suspicions:
         warn(f"warning: {suspicion}")
+    metrics = _metrics(content, seconds, intact=not suspicions)
     if args.textfile:
-        _write_metrics(args.textfile, content, seconds, intact=not suspicions)
+        run_metrics.write(args.textfile, metrics)
+    if args.push:
+        run_metrics.push(args.push, METRICS_JOB, metrics)
     if suspicions:
         warn("no backup was removed: an older one may hold what is missing")
     elif args.keep is not None:
@@ -184,7 +191,7 @@ def _described(name: str, content: Content) -> str:
     return f"{name}  {content.size / 2**20:.1f} MiB  {files} files  {', '.join(s.name for s in content.sources)}"
 
 
-def _write_metrics(path: Path, content: Content, seconds: float, intact: bool) -> None:
+def _metrics(content: Content, seconds: float, intact: bool) -> CollectorRegistry:
     registry = CollectorRegistry()
     values = {
         "ldm3d_backup_last_success_timestamp_seconds": ("When the newest backup was finished (Unix time)", time.time()),
@@ -194,10 +201,7 @@ def _write_metrics(path: Path, content: Content, seconds: float, intact: bool) -
     }
     for name, (meaning, value) in values.items():
         Gauge(name, meaning, registry=registry).set(value)
-    try:
-        write_to_textfile(str(path), registry)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return registry
 
 
 if __name__ == "__main__":

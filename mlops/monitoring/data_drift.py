@@ -36,9 +36,10 @@ from ldm3d.cases import CHANNELS
 from ldm3d.errors import DataError, UserError
 from ldm3d.files import require_writable, write_text
 from ldm3d.reference_profile import ReferenceProfile, read_profile
+from mlops import run_metrics
 from mlops.commands import EXIT_USER_ERROR, Parser, run_command
 from mlops.monitoring.drift_folder import Folder, measure_folder
-from mlops.monitoring.drift_metrics import push, write_metrics
+from mlops.monitoring.drift_metrics import JOB, metrics_of
 from mlops.monitoring.drift_report import report
 from mlops.monitoring.drift_statistics import (
     LEAST_TO_CLEAR,
@@ -87,9 +88,10 @@ def run() -> int:
     tell(result, args.output)
     if result["status"] == TOO_FEW:
         raise DataError(f"{args.data}: {result['too_few']}")
-    registry = write_metrics(args.output / "drift.prom", result)
+    metrics = metrics_of(result)
+    run_metrics.write(args.output / "drift.prom", metrics)
     if args.push:
-        push(args.push, registry)
+        run_metrics.push(args.push, JOB, metrics)
     return DRIFT if result["status"] == "drift" else NO_DRIFT
 
 

@@ -1,18 +1,15 @@
-"""A comparison as metrics: a file for node-exporter, or sent to a pushgateway."""
+"""A comparison as metrics."""
 
-from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge, push_to_gateway, write_to_textfile
-
-from ldm3d.errors import OutputError
+from prometheus_client import CollectorRegistry, Gauge
 
 JOB = "ldm3d_drift"
-_TIMEOUT_SECONDS = 30
+"""What a pushgateway keeps them under."""
 
 
-def write_metrics(path: Path, result: dict[str, Any]) -> CollectorRegistry:
-    """Write the metrics of drift.json's content, atomically, and return them."""
+def metrics_of(result: dict[str, Any]) -> CollectorRegistry:
+    """The metrics of drift.json's content."""
     registry = CollectorRegistry()
 
     def gauge(name: str, text: str, *labels: str) -> Gauge:
@@ -36,16 +33,4 @@ def write_metrics(path: Path, result: dict[str, Any]) -> CollectorRegistry:
             mmd = gauge("latent_mmd", "Squared maximum mean discrepancy of latents.")
             mmd.set(comparison["statistic"])
     gauge("last_run_timestamp_seconds", "When new volumes were last judged.").set_to_current_time()
-    try:
-        write_to_textfile(str(path), registry)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     return registry
-
-
-def push(url: str, registry: CollectorRegistry) -> None:
-    """Send the metrics to a pushgateway, in place of what this job sent before. Raises `OutputError`."""
-    try:
-        push_to_gateway(url, JOB, registry, timeout=_TIMEOUT_SECONDS)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"--push {url}: the metrics were not taken: {error}") from error

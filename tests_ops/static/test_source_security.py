@@ -14,6 +14,9 @@ KNOWN_WEAKNESSES = {
 KNOWN_SECRETS = {
     ("Hex High Entropy String", "ldm3d/download.py"): "the digest of the data set",
     ("Base64 High Entropy String", "mlops/api/records.py"): "the alphabet of job ids",
+    ("Secret Keyword", "mlops/kubernetes/ingress.yaml"): "the name of the Secret with the certificate",
+    ("Secret Keyword", "mlops/kubernetes-overlays/azure-keyvault/kustomization.yaml"): "names of Secrets",
+    ("Secret Keyword", "mlops/kubernetes-overlays/azure-keyvault/secretproviderclass.yaml"): "names of Secrets",
 }
 
 
