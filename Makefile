@@ -118,7 +118,7 @@ $(CHECKOV)/run:
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ldm3d.pth
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGE)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts $(PACKAGE)
 	@touch $@
 
 check-ops: $(OPS)/run $(CHECKOV)/run
