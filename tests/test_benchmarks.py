@@ -38,6 +38,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return call
 
 
+@pytest.mark.timeout(900)  # it compiles the U-Net in many ways, one minute alone and many beside other work
 def test_all_that_is_measured_on_a_gpu_runs(run: Run) -> None:
     result = run(gpu, "--device", "cpu")
     parts = {name: rows for name, rows in result.items() if name not in ("made", "seconds")}
