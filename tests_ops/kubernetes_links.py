@@ -189,5 +189,8 @@ def vault(objects: list[Object]) -> Iterator[str]:
                 yield f"{pod.title}: uses a Secret of the vault, and does not mount it"
             account = get(objects, "ServiceAccount", pod.spec["serviceAccountName"])
             identity = account["metadata"].get("annotations", {}).get("azure.workload.identity/client-id")
-            if mounts and identity != spec["parameters"]["clientID"]:
+            stores = any(e.get("value", "").startswith("abfs://") for c in pod.containers for e in c.get("env", []))
+            if (mounts or stores) and identity != spec["parameters"]["clientID"]:
                 yield f"{pod.title}: its ServiceAccount has not the identity that may read the vault"
+            if stores and pod.labels.get("azure.workload.identity/use") != "true":
+                yield f"{pod.title}: gets no token for its storage account"

@@ -102,6 +102,10 @@ def variables(pod: Pod, objects: list[Object]) -> list[str]:
                 if reference not in values:
                     faults.append(f"variable {name}: $({reference}) must stand before it")
                 value = value.replace(f"$({reference})", values.get(reference, ""))
+            if value.startswith("abfs://") and not re.match(
+                r"abfs://[\w-]+@[a-z0-9]+\.(blob|dfs)\.core\.windows\.net/", value
+            ):
+                faults.append(f"variable {name}: {value} names no storage account")
             secret = entry.get("valueFrom", {}).get("secretKeyRef")
             if secret and (secret["name"], secret["key"]) not in SECRETS:
                 faults.append(f"variable {name}: nothing makes the key {secret['key']} of the Secret {secret['name']}")

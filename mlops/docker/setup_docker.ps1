@@ -58,8 +58,11 @@ Invoke-Docker @(
     $Root
 )
 
+$Tmp = '/tmp'
+# Kernels that a GPU's `compile: true` makes are loaded from there, and Docker would forbid it.
+if ($Variant -eq 'cuda') { $Tmp += ':exec' }
 $Flags = @(
-    '--read-only', '--tmpfs', '/tmp', '--cap-drop', 'ALL', '--security-opt', 'no-new-privileges', '--shm-size', '1g',
+    '--read-only', '--tmpfs', $Tmp, '--cap-drop', 'ALL', '--security-opt', 'no-new-privileges', '--shm-size', '1g',
     '--volume', 'ldm3d-data:/data', '--volume', 'ldm3d-datasets:/datasets', '--volume', 'ldm3d-models:/models',
     '--volume', 'ldm3d-outputs:/outputs'
 )

@@ -55,7 +55,10 @@ if [ "$environment" = dev ]; then image+=-dev; fi
 docker build --file "$root/mlops/docker/Dockerfile" --target "$environment" --tag "$image" \
   --build-arg "VARIANT=$variant" --build-arg "VERSION=$version" --build-arg "TORCH_INDEX=${TORCH_INDEX:-}" "$root"
 
-flags=(--read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges --shm-size 1g
+tmp=/tmp
+# Kernels that a GPU's `compile: true` makes are loaded from there, and Docker would forbid it.
+if [ "$variant" = cuda ]; then tmp+=:exec; fi
+flags=(--read-only --tmpfs "$tmp" --cap-drop ALL --security-opt no-new-privileges --shm-size 1g
   --volume ldm3d-data:/data --volume ldm3d-datasets:/datasets --volume ldm3d-models:/models
   --volume ldm3d-outputs:/outputs)
 if [ "$variant" = cuda ]; then flags+=(--gpus all); fi

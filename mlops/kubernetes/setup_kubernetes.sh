@@ -57,6 +57,13 @@ cluster_answers() {
   kubectl version >/dev/null
 }
 
+# Who may deploy into the namespace need not have the right to make or change one.
+namespace_is_there() {
+  local found
+  found=$(kubectl get namespace "$namespace" --ignore-not-found --output name) || return 1
+  [[ -n $found ]] || kubectl apply --filename "$here/namespace.yaml"
+}
+
 redis_password() {
   local found
   found=$(kube get secret ldm3d-redis --ignore-not-found --output name) || return 1
@@ -89,7 +96,7 @@ apply() {
   [[ -f $overlay/kustomization.yaml ]] || mistake "${1:-cpu}: no overlay, and no folder with a kustomization.yaml"
   rendered=$(kubectl kustomize "$overlay") || fail "$overlay: kustomize cannot build it; nothing was done"
   step "the cluster answers" cluster_answers
-  step "namespace $namespace" kubectl apply --filename "$here/namespace.yaml"
+  step "namespace $namespace" namespace_is_there
   # Where a vault has it, the driver makes the Secret.
   if [[ $rendered != *"kind: SecretProviderClass"* ]]; then
     step "a password for Redis, if there is none" redis_password

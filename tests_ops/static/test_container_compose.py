@@ -166,9 +166,13 @@ def target_faults(prometheus: dict[str, Any]) -> list[str]:
         "monitor": services["monitor"]["command"][1].removeprefix("--port="),
         "pushgateway": "9091",
     }
-    asked = {
-        target for job in prometheus["scrape_configs"] for one in job["static_configs"] for target in one["targets"]
-    }
+    jobs = prometheus["scrape_configs"]
+    asked = {target for job in jobs for one in job.get("static_configs", []) for target in one["targets"]}
+    # A name that is looked up stands for all containers of the service; one that is not, for any of them.
+    looked_up = {f"{name}:{it['port']}" for job in jobs for it in job.get("dns_sd_configs", []) for name in it["names"]}
+    if not any(target.startswith("worker:") for target in looked_up):
+        return ["of several workers, only one is asked"]
+    asked |= looked_up
     told = {
         target
         for one in prometheus["alerting"]["alertmanagers"]
@@ -182,8 +186,10 @@ def target_faults(prometheus: dict[str, Any]) -> list[str]:
 def test_prometheus_asks_every_service_at_its_port() -> None:
     assert target_faults(PROMETHEUS) == []
     wrong = copy.deepcopy(PROMETHEUS)
-    wrong["scrape_configs"][1]["static_configs"][0]["targets"] = ["worker:9102"]
+    wrong["scrape_configs"][1]["dns_sd_configs"][0]["port"] = 9102
     assert target_faults(wrong) == ["worker:9101", "worker:9102"]
+    wrong["scrape_configs"][1] = {"job_name": "ldm3d-worker", "static_configs": [{"targets": ["worker:9101"]}]}
+    assert target_faults(wrong) == ["of several workers, only one is asked"]
 
 
 def test_grafana_finds_its_dashboards_and_prometheus() -> None:

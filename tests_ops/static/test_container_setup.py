@@ -165,7 +165,8 @@ def test_it_builds_what_is_asked_for(
     assert version and (built["--tag"], built["VERSION"]) == (tag.format(version[1]), version[1])
     assert (built["--target"], built["VARIANT"]) == (target, variant)
     assert Path(built["--file"]) == ROOT / "mlops/docker/Dockerfile" and Path(docker.calls[0][-1]) == ROOT
-    assert all(("--gpus" in call) == (variant == "cuda") for call in docker.calls if call[0] == "run")
+    for call in (call for call in docker.calls if call[0] == "run"):
+        assert ("--gpus" in call, "/tmp:exec" in call) == (variant == "cuda", variant == "cuda")
 
 
 def test_every_container_is_hardened_and_published_for_this_machine_alone(docker: Docker) -> None:

@@ -118,6 +118,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
     # variables, commands, images
     "a variable that is misspelt": (lambda o: set_env(o, "api", "LDM3D_WORKER", "0"), "LDM3D_WORKER: no such setting"),
     "a value that cannot be": (lambda o: set_env(o, "worker", "LDM3D_MAX_BATCH", "many"), "LDM3D_MAX_BATCH"),
+    "a storage that names no account": (
+        lambda o: set_env(o, "backup", "BACKUP_URL", "abfs://backups/ldm3d"),
+        "names no storage account",
+    ),
     "a variable before its reference": (
         lambda o: container(o, "api")["env"].sort(key=lambda e: e["name"]),
         "$(POD_NAME) must stand before it",
@@ -343,9 +347,15 @@ def test_a_vault_that_lacks_a_secret_is_named() -> None:
     objects = render("azure-keyvault")
     get(objects, "SecretProviderClass", "ldm3d")["spec"]["secretObjects"].pop(0)
     pod_spec(objects, "api")["volumes"].pop()
+    backup = job_spec(get(objects, "CronJob", "ldm3d-backup"))
+    assert backup
+    backup["template"]["metadata"]["labels"].pop("azure.workload.identity/use")
+    get(objects, "ServiceAccount", "ldm3d-backup")["metadata"].pop("annotations")
     found = kubernetes_links.link_faults(objects)
     assert "SecretProviderClass ldm3d: does not make password of the Secret ldm3d-redis" in found
     assert "Deployment ldm3d-api: uses a Secret of the vault, and does not mount it" in found
+    assert "CronJob ldm3d-backup: gets no token for its storage account" in found
+    assert "CronJob ldm3d-backup: its ServiceAccount has not the identity that may read the vault" in found
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from programs import ROOT, run, tool
 GITHUB = ROOT / ".github"
 GUIDE = ROOT / "docs" / "CICD.md"
 PINNED = re.compile(r"^[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")
-LONGEST_MINUTES = 90
+LONGEST_MINUTES = 180
 ENTRANCES = ("lint", ".ci/run", "check-ops", "audit")
 """What CI must run: make targets, and the script that any machine has."""
 STAGES = ["quality", "test", "build", "scan", "sign", "provenance", "dev", "staging", "production"]
@@ -45,7 +45,7 @@ def steps(github: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def problems(github: Path) -> list[str]:
     """All that is wrong, in words."""
     found: list[str] = []
-    for check in (pins, permissions, bounds, commands, values, graph, roll_out_order, versions):
+    for check in (pins, permissions, bounds, commands, values, graph, images, roll_out_order, versions):
         found += check(github)
     return found
 
@@ -180,6 +180,17 @@ def graph(github: Path) -> list[str]:
     return found
 
 
+def images(github: Path) -> list[str]:
+    """What is pushed says its version, and a run by hand cannot push under the name of a release."""
+    (pushed,) = (step["with"] for step in workflows(github)["deploy.yml"]["jobs"]["build"]["steps"] if "id" in step)
+    found = []
+    if "\nVERSION=${{ needs.quality.outputs.version }}" not in pushed["build-args"]:
+        found.append("deploy.yml: the image does not say its version")
+    if "github.ref_type != 'tag' && format('-{0}', github.sha)" not in pushed["tags"]:
+        found.append("deploy.yml: a run that was started by hand takes a release's name")
+    return found
+
+
 def roll_out_order(github: Path) -> list[str]:
     (job,) = workflows(github)["roll-out.yml"]["jobs"].values()
     scripts = [step.get("run", "") for step in job["steps"]]
@@ -196,7 +207,10 @@ def roll_out_order(github: Path) -> list[str]:
     condition = job["steps"][places[-1]].get("if", "")
     if "failure()" not in condition or "cancelled()" not in condition:
         return ["roll-out.yml: nothing goes back after a failure"]
-    if any("if" in step for step in job["steps"][: places[-1]]):
+    login = job["steps"][places[-1] - 1]
+    if "azure/login@" not in login.get("uses", "") or login.get("if") != condition:
+        return ["roll-out.yml: nothing logs in anew before going back, when the first login may be over"]
+    if any("if" in step for step in job["steps"][: places[-1] - 1]):
         return ["roll-out.yml: a step before going back can be left out"]
     return []
 
@@ -260,6 +274,7 @@ def test_scripts_of_the_workflows_are_clean(linter: list[str], script: Path) -> 
 
 
 CHECKOUT = "actions/checkout@de0fac2e4500dabe0009e67214ff5f5447ce83dd # v6.0.2"
+BACK = "      - name: Back to what ran before\n        if: "
 BROKEN = [
     ("own", "ci.yml", CHECKOUT, "actions/checkout@v6", "not pinned by commit"),
     ("own", "ci.yml", CHECKOUT, CHECKOUT[:-9], "not pinned by commit"),
@@ -291,8 +306,11 @@ BROKEN = [
     ("own", "deploy.yml", "needs.dev.result == 'success' && ", "", "although the stage before failed"),
     ("own", "deploy.yml", "environment: production", "environment: dev", "production runs in another environment"),
     ("own", "deploy.yml", "environment: models", "environment: none", "environments must be"),
+    ("own", "deploy.yml", "VERSION=${{ needs", "WERSION=${{ needs", "does not say its version"),
+    ("own", "deploy.yml", "github.ref_type != 'tag' && ", "", "takes a release's name"),
     ("own", "deploy.yml", "  scan:", "  skan:", "jobs are not those that are known: scan, skan"),
-    ("own", "roll-out.yml", "failure() || cancelled()", "success()", "nothing goes back"),
+    ("own", "roll-out.yml", f"{BACK}${{{{ (failure() || cancelled())", f"{BACK}${{{{ (failure())", "nothing goes back"),
+    ("own", "roll-out.yml", "      - if: ${{ (failure()", "      - if: ${{ (x", "logs in anew"),
     ("own", "roll-out.yml", "      - name: Smoke", "      - if: false\n        name: Smoke", "can be left out"),
     ("own", "roll-out.yml", "roll_out check --version", "roll_out checks --version", "in this order"),
     ("own", "ci.yml", '"3.12", "3.13"]', '"3.12"]', "the project promises"),
