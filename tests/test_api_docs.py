@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import httpx
 import nibabel as nib
 import pytest
+from documents import FENCE, blocks, section
 from service import ROOT, Service, models_yaml, publish, running
-from test_docs import FENCE, blocks, section
 
 from mlops.api import settings as settings_module
 from mlops.api.problems import TITLES, WHY

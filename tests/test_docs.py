@@ -1,6 +1,5 @@
 """The documents say what is so: files, commands, options, config keys and error messages that they name are real."""
 
-import argparse
 import ast
 import importlib
 import json
@@ -8,42 +7,52 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import tiny
 import torch
+from documents import (
+    DOCKER,
+    FENCE,
+    ROOMS,
+    ROOT,
+    SCRIPTS,
+    SLURM,
+    blocks,
+    commands,
+    first_column,
+    options_of,
+    problems_of_command,
+    section,
+    spans,
+    targets,
+)
 from test_import_direction import upward_imports
 from torch.distributed.run import get_args_parser
 
 import utils
-from ldm3d.config import load_config, load_environment
-from ldm3d.errors import UserError
 from ldm3d.latents import LatentStatistics
 from ldm3d.samples import write_sample
 from ldm3d.sampling import Sampler, VolumeId
 from ldm3d.schema import Config, Environment
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [path for where in ("*.md", "docs/*.md", "mlops/**/*.md") for path in sorted(ROOT.glob(where))]
 README, ARCHITECTURE, PICTURE = (ROOT / name for name in ("README.md", "docs/ARCHITECTURE.md", "docs/architecture.svg"))
-SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py")) if path.stem != "utils"]
-ROOMS = {path.stem for path in (ROOT / "ldm3d").glob("*.py")} - {"__init__"}
 SUFFIXES = {"py", "md", "json", "sh", "bat", "txt", "svg", "png", "nii", "gz", "pt", "safetensors", "csv", "example"}
+KINDS = {".py", ".sh", ".ps1", ".yml", ".yaml", ""}
 SOURCES = [
     ROOT / "Makefile",
     *ROOT.glob("*.sh"),
     *ROOT.glob("*.bat"),
     *ROOT.glob("*.py"),
     *ROOT.glob("ldm3d/*.py"),
-    *ROOT.glob("mlops/**/*.py"),
+    *(path for path in ROOT.glob("mlops/**/*") if path.is_file() and path.suffix in KINDS),
     *ROOT.glob("config/*.json"),
 ]
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 @pytest.fixture(scope="module")
@@ -58,184 +67,10 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-# What a document is made of.
-
-
-class Block(NamedTuple):
-    language: str
-    text: str
-
-
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(text: str) -> list[Block]:
-    return [
-        Block(language, re.sub(f"^{indent}", "", body, flags=re.M)) for indent, language, body in FENCE.findall(text)
-    ]
-
-
-def spans(text: str) -> list[str]:
-    """What stands in single backquotes."""
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
-
-
-def section(text: str, heading: str) -> str:
-    """From the heading that contains `heading` to the next one of its level or above."""
-    found = re.search(rf"^(#+) [^\n]*{re.escape(heading)}[^\n]*$", text, re.MULTILINE)
-    assert found, f"no heading has {heading}"
-    rest = text[found.end() :]
-    following = re.search(
-        rf"^#{{1,{len(found[1])}}} ", FENCE.sub(lambda fence: " " * len(fence[0]), rest), re.MULTILINE
-    )
-    return found[0] + (rest[: following.start()] if following else rest)
-
-
-def first_column(text: str) -> list[str]:
-    """Spans of the first cell of each row of the tables, headings left out."""
-    rows = re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE)
-    return [span for row in rows for span in spans(row)]
-
-
-def commands(text: str) -> list[list[str]]:
-    """Command lines as words: those of shell blocks, and spans that are one."""
-    shell = [block.text for block in blocks(text) if block.language in ("bash", "bat")]
-    lines = [line for body in shell for line in body.replace("\\\n", " ").splitlines()]
-    lines += [span for span in spans(text) if re.match(r"(python3?|torchrun|make|\./\w+\.sh) ", span)]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
-def targets() -> set[str]:
-    found = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert found == set(phony.split())
-    return found
-
-
-# The scripts' own parsers.
-
-
-class Parsed(Exception):
-    """Ends a script where its arguments have been parsed."""
-
-
-def parse(script: str, arguments: list[str]) -> tuple[utils.Parser, argparse.Namespace]:
-    """What a script's own code makes of its arguments. Raises `SystemExit` where it refuses them."""
-    module = importlib.import_module(script.removesuffix(".py"))
-    results = []
-
-    def recorded(parser: utils.Parser, *given: Any) -> argparse.Namespace:
-        args = argparse.ArgumentParser.parse_args(parser, *given)
-        results.append((parser, args))
-        return args
-
-    with (
-        mock.patch.object(utils.Parser, "parse_args", recorded),
-        mock.patch.object(utils, "read_settings", side_effect=Parsed),
-        mock.patch("sys.argv", [script, *arguments]),
-        suppress(Parsed),
-    ):
-        getattr(module, "parse", module.main)()
-    return results[-1]
-
-
-def options(parser: argparse.ArgumentParser) -> set[str]:
-    return {option for action in parser._actions for option in action.option_strings}
-
-
-def options_of(script: str) -> set[str]:
-    required = {
-        "evaluate.py": ["-c", "x", "--synthetic", "x"],
-        "visualize_image.py": ["x"],
-        "download_brats_data.py": [],
-    }.get(script, ["-c", "x", "-e", "x"])
-    return options(parse(script, required)[0]) - {"-h", "--help"}
-
-
-def problems_of_script(script: str, arguments: list[str]) -> list[str]:
-    """What is wrong with a call of a script."""
-    if script not in SCRIPTS:
-        return [f"there is no {script}"]
-    try:
-        parser, args = parse(script, arguments)
-    except SystemExit:
-        return [f"{script} refuses {arguments}"]
-    names = {word.split("=")[0] for word in arguments if re.match("--?[a-z]", word)}
-    problems = [f"{script}: {name} is only short for an option" for name in names - options(parser)]
-    try:
-        if "config_file" in args:
-            load_config(args.config_file, args.set)
-        if "environment_file" in args:
-            load_environment(args.environment_file)
-    except UserError as error:
-        problems.append(f"{script}: {error}")
-    return problems
-
-
-def problems_of_launcher(script: str, arguments: list[str]) -> list[str]:
-    """What is wrong with a call of train_LDM.sh, which hands what is behind `--` to both stages."""
-    text = (ROOT / script).read_text()
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    own, handed = arguments[:split], arguments[split + 1 :]
-    problems = [
-        f"{script} has no {word}" for word in own if word.startswith("-") and not re.search(rf"{word}[ )]", text)
-    ]
-    values = dict(zip(own[::2], own[1::2], strict=True))
-    files = ["-c", values.get("--config", "config/config_train_multigpu.json")]
-    files += ["-e", values.get("--env", "config/environment.json")]
-    return problems + problems_of_script("train_autoencoder.py", [*files, *handed])
-
-
-def problems_of_module(module: str, arguments: list[str]) -> list[str]:
-    """What is wrong with a call of a command of `mlops`."""
-    path = ROOT / module.replace(".", "/")
-    files = [file for file in (path.with_suffix(".py"), path / "__main__.py") if file.is_file()]
-    if not files:
-        return [f"there is no {module}"]
-    known = set(re.findall(r'"(--?[a-z][a-z-]*)"', files[0].read_text()))
-    return [f"{module} has no {word}" for word in arguments if re.match("--?[a-z]", word) and word not in known]
-
-
-# Of sbatch, which is not here to be asked.
-SLURM = {"--requeue", "--signal"}
-
-
-def problems_of_command(words: list[str]) -> list[str]:
-    """What is wrong with a command that a document shows."""
-    program, *rest = words
-    name = Path(program).name
-    if name in ("python", "python3") and rest[0].endswith(".py"):
-        return problems_of_script(rest[0], rest[1:])
-    if name in ("python", "python3") and rest[:1] == ["-m"] and rest[1].startswith("mlops"):
-        return problems_of_module(rest[1], rest[2:])
-    if name in ("python", "python3"):
-        own = rest[:1] == ["-m"] and rest[1].startswith("ldm3d")
-        return [f"no module {rest[1]}"] if own and rest[1].removeprefix("ldm3d.") not in ROOMS else []
-    if name == "torchrun":
-        try:
-            args = get_args_parser().parse_args(rest)
-        except SystemExit:
-            return [f"torchrun refuses {rest}"]
-        return problems_of_script(args.training_script, args.training_script_args)
-    if name == "make":
-        return [f"Makefile has no {word}" for word in rest if "=" not in word and word not in targets()]
-    if name.endswith(".bat"):
-        _, config, amp, compiled = rest
-        fine = (ROOT / name).is_file() and (ROOT / config).is_file() and {amp, compiled} <= {"true", "false"}
-        return [] if fine else [f"{name} refuses {rest}"]
-    if name.endswith(".sh"):
-        return problems_of_launcher(name, rest)
-    if name == "srun":
-        return problems_of_command(rest)
-    # What is asked of the service is run by test_api_docs.py.
-    known = name in ("source", "export", "ruff", "tensorboard", "curl") or re.match(r"\w+=", program)
-    return [] if known else [f"nobody checks {name}"]
-
-
 @each_document
 def test_commands_are_understood_by_the_programs_themselves(document: Path) -> None:
     found = commands(document.read_text())
-    assert [problem for words in found for problem in problems_of_command(words)] == []
+    assert [problem for words in found for problem in problems_of_command(words, document.parent)] == []
 
 
 def test_readme_shows_every_script_and_both_launchers() -> None:
@@ -279,7 +114,9 @@ def test_every_option_of_a_script_stands_in_its_section(script: str) -> None:
 def test_options_that_are_named_exist(document: Path) -> None:
     known = set().union(*map(options_of, SCRIPTS)) | set(re.findall(r"--?[a-z]+", (ROOT / "train_LDM.sh").read_text()))
     known |= {o for path in ROOT.glob("mlops/**/*.py") for o in re.findall(r'"(--?[a-z][a-z-]*)"', path.read_text())}
-    known |= {option for action in get_args_parser()._actions for option in action.option_strings} | SLURM
+    known |= {option for action in get_args_parser()._actions for option in action.option_strings}
+    known |= {option for path in ROOT.glob("mlops/**/*.sh") for option in re.findall("--[a-z-]+", path.read_text())}
+    known |= SLURM | DOCKER
     named = {span.split()[0] for span in spans(document.read_text()) if re.match("--?[a-z]", span)}
     assert named - known == set()
 
@@ -354,17 +191,21 @@ def test_every_config_is_in_a_table() -> None:
 def problems_of_paths(text: str, folder: Path, code: str) -> list[str]:
     """Paths in spans that are neither in the tree nor named by the code that makes them."""
     paths = [span for span in spans(text) if re.fullmatch(r"[\w./<>*+-]+", span) and is_path(span)]
-    return [path for path in paths if not (in_tree(path, folder) or made_by(path, code))]
+    # A table that says what is in a folder names its files without it.
+    folders = [place / span for span in spans(text) if span.endswith("/") for place in (ROOT, folder)]
+    return [path for path in paths if not (in_tree(path, folder, *folders) or made_by(path, code))]
 
 
 def is_path(span: str) -> bool:
     return "/" in span or span.rpartition(".")[2] in SUFFIXES
 
 
-def in_tree(path: str, folder: Path) -> bool:
-    return any(
-        (place / path).exists() for place in (ROOT, folder, ROOT / "ldm3d", ROOT / "mlops" / "api", ROOT / "tests")
-    )
+def in_tree(path: str, *folders: Path) -> bool:
+    path = path.removeprefix("app/")  # where the tree is in a bundle
+    if path.startswith("/"):
+        return False
+    places = (ROOT, *folders, ROOT / "ldm3d", ROOT / "mlops" / "api", ROOT / "tests")
+    return any((place / path).exists() or ("*" in path and any(place.glob(path))) for place in places)
 
 
 def made_by(path: str, code: str) -> bool:
@@ -401,6 +242,7 @@ def anchors(text: str) -> set[str]:
 @each_document
 def test_names_in_backquotes_are_words_of_the_code(document: Path, code: str) -> None:
     words = set(re.findall(r"\w+", code))
+    words |= {f"{word}_total" for word in words}  # which Prometheus's client adds to a counter's name
     assert {
         span for span in spans(document.read_text()) if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", span)
     } - words == set()
@@ -549,6 +391,17 @@ make no-such-target
 train_autoencoder_multigpu.bat 4 config/none.json true false
 python train_diffusion.py -c config/config_demo.json -e config/environment.json --set data.nothing=1
 python train_diffusion.py -c config/config_demo.json -e config/environment.json --res
+python -m mlops.backup create --form service_data
+LDM3D_PORT=1 python -m mlops.none
+python mlops/docker/none.py
+mlops/docker/setup_docker.sh --cores 4
+mlops/docker/none.sh
+mlops/azure/deploy_azure.ps1 -Envronment dev -WhatIf
+docker run image --entrypoint python -m mlops.batch --cores 4
+kubectl apply -k mlops/kubernetes-overlays/none
+sudo sh -c 'cd /
+  promtool check rules mlops/none.yml'
+no-such-program --help
 ```
 ```json
 {"data": {"nothing": 1}}

@@ -16,7 +16,7 @@ from ldm3d.config import load_config
 from ldm3d.errors import ConfigError, DataError, UserError
 from ldm3d.files import sha256
 from ldm3d.nifti import write_volume
-from mlops.pipelines import begin, lineage, register
+from mlops.pipelines import begin, lineage, register, training_pipeline
 from mlops.pipelines.lineage import Record, describe, digest_of, read_lineage, verify
 from mlops.pipelines.settings import PipelineSettings, Workspace, WorkspaceSettings, read_settings
 from mlops.pipelines.workspace import IN_A_JOB, connect, connect_from_job, tag_assets
@@ -358,3 +358,10 @@ def test_an_asset_that_cannot_be_tagged_is_named(chain, azure):
 
     with pytest.raises(ConfigError, match="data asset m-split:3 cannot be tagged: not found"):
         tag_assets(SimpleNamespace(data=SimpleNamespace(get=get)), verify([chain["split"]]).values())
+
+
+def test_without_azure_ml_the_pipeline_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "azure.ai.ml", None)
+    settings = read_settings(ROOT / "mlops/pipelines/pipeline_config.yml", PipelineSettings)
+    with pytest.raises(ConfigError, match=r"azure-ai-ml is not .* mlops/azure/README\.md, section The pipeline"):
+        training_pipeline.build(settings, "1")

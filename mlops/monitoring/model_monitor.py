@@ -33,7 +33,11 @@ NICENESS = 10
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m mlops.monitoring.model_monitor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, dest="command")
     serving = commands.add_parser("serve", help="look at each finished volume, and serve the figures")
     serving.add_argument("--port", type=int, default=9108, help="where Prometheus asks, on all addresses; 9108")

@@ -13,7 +13,7 @@ from typing import Any
 from ldm3d.errors import ConfigError
 from mlops.commands import Parser, run_command
 from mlops.pipelines.settings import ROOT, PipelineSettings, WorkspaceSettings, read_settings
-from mlops.pipelines.workspace import connect
+from mlops.pipelines.workspace import NOT_INSTALLED, connect
 
 COMPONENTS = Path(__file__).parent / "components"
 STEPS = ("prepare", "autoencoder", "diffusion", "evaluate", "register")
@@ -37,10 +37,13 @@ def build(settings: PipelineSettings, version: str) -> Any:
         version: of all assets that it makes.
 
     Raises:
-        ConfigError: there is no such training configuration. What is in it, the first step checks.
+        ConfigError: there is no such training configuration (what is in it, the first step checks), or no azure-ai-ml.
     """
-    from azure.ai.ml import Input, dsl, load_component
-    from azure.ai.ml.entities import CommandJobLimits, JobResourceConfiguration
+    try:
+        from azure.ai.ml import Input, dsl, load_component
+        from azure.ai.ml.entities import CommandJobLimits, JobResourceConfiguration
+    except ImportError as error:
+        raise ConfigError(NOT_INSTALLED) from error
 
     if not (ROOT / settings.config).is_file():
         raise ConfigError(f"config {settings.config}: there is no such file in the repository")

@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # it reads weights, which whoever only submits a pipeline nee
 SUBSCRIPTION = "AZURE_SUBSCRIPTION_ID"
 IN_A_JOB = ("AZUREML_ARM_SUBSCRIPTION", "AZUREML_ARM_RESOURCEGROUP", "AZUREML_ARM_WORKSPACE_NAME")
 """Azure ML sets these in every job."""
+NOT_INSTALLED = (
+    "azure-ai-ml is not installed in this environment; mlops/azure/README.md, section The pipeline, says how to make "
+    "one that has it"
+)
 
 
 def connect(workspace: Workspace) -> Any:
@@ -41,7 +45,7 @@ def _client(*place: str) -> Any:
         from azure.ai.ml import MLClient
         from azure.identity import DefaultAzureCredential
     except ImportError as error:
-        raise ConfigError("azure-ai-ml is not installed: pip install azure-ai-ml azure-identity") from error
+        raise ConfigError(NOT_INSTALLED) from error
     return MLClient(DefaultAzureCredential(), *place)
 
 

@@ -247,3 +247,9 @@ def options_of_docker(docker: Docker) -> set[str]:
         docker.run(*words)
         calls += docker.calls
     return {word for call in calls for word in call if re.fullmatch(r"--[a-z][a-z-]+", word)}
+
+
+def test_help_names_every_option() -> None:
+    done = subprocess.run(["bash", SH, "--help"], capture_output=True, text=True, check=True)
+    assert set(re.findall(r"^  (--\w+)  ", done.stdout, re.MULTILINE)) == {"--environment", "--mode", "--variant"}
+    assert "set -euo" not in done.stdout
