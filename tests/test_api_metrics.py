@@ -118,7 +118,7 @@ def test_the_profile_of_the_training_data_travels_with_the_weights(tmp_path: Pat
     card = read_card(weights / UNET, DiffusionCard)
     profile = ReferenceProfile(
         trained_on=card.trained_on, num_train=2, channel=0, spacing=card.spacing, size=(16, 16, 16),
-        features={name: [0.1, 0.2] for name in FEATURES}, facts={name: {} for name in FACTS},
+        features={name: [0.1, 0.2] for name in FEATURES}, facts={name: {"unknown": 2} for name in FACTS},
         mean_image=[0.0] * 512, pair_distances=[0.1],
     )  # fmt: skip
     write_profile(weights, profile)
@@ -135,7 +135,7 @@ def test_a_profile_that_does_not_belong_is_left_out(
     if wrong == "of other data":
         write_profile(weights, ReferenceProfile(
             trained_on="0" * 64, num_train=2, channel=0, spacing=(1, 1, 1), size=(16, 16, 16),
-            features={name: [0.1] for name in FEATURES}, facts={name: {} for name in FACTS},
+            features={name: [0.1] for name in FEATURES}, facts={name: {"unknown": 2} for name in FACTS},
             mean_image=[0.0] * 512, pair_distances=[0.1],
         ))  # fmt: skip
     stored = store(str(weights), tmp_path, 10**6)

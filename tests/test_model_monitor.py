@@ -162,6 +162,15 @@ def test_a_reference_that_comes_later_is_used(tmp_path: Path) -> None:
     assert told()[f"ldm3d_quality_reference{{{V}}}"] == 1 and f"ldm3d_quality_reference_distance{{{V}}}" in told()
 
 
+def test_a_reference_of_one_volume_is_none(tmp_path: Path) -> None:
+    """There is no variety to compare with: nothing may be divided by it."""
+    give_reference(tmp_path, [brain(100)])
+    for seed in range(3):
+        job(tmp_path, [brain(seed)], seed=seed)
+    Watcher(tmp_path).look()
+    assert told()[f"ldm3d_quality_reference{{{V}}}"] == 0
+
+
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not the service's data folder"):
         Watcher(tmp_path / "nowhere").look()
