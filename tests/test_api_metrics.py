@@ -79,11 +79,13 @@ def test_a_worker_tells_of_its_machine() -> None:
     assert 0 < seen['ldm3d_device_use_ratio{device="cpu"}'] <= 0.5
 
 
-@pytest.mark.parametrize("way", ["pynvml", "nvidia-smi", "neither"])
+@pytest.mark.parametrize("way", ["pynvml", "nvidia-smi", "neither", "part of a GPU"])
 def test_a_worker_tells_of_its_gpu(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one: what torch and nvidia-smi say is made up."""
 
     def use(of: torch.device) -> int:
+        if way == "part of a GPU":
+            raise Exception("NVMLError_NotSupported, which is an Exception and no more")
         if way != "pynvml":
             raise ModuleNotFoundError("pynvml")
         return 70
@@ -92,7 +94,7 @@ def test_a_worker_tells_of_its_gpu(way: str, monkeypatch: pytest.MonkeyPatch) ->
         assert command[-1] == "GPU-uuid"
         if way == "neither":
             raise FileNotFoundError
-        return SimpleNamespace(stdout="42\n")
+        return SimpleNamespace(stdout="[N/A]\n" if way == "part of a GPU" else "42\n")
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda of: (20, 100))
@@ -107,7 +109,7 @@ def test_a_worker_tells_of_its_gpu(way: str, monkeypatch: pytest.MonkeyPatch) ->
     # 20 are free, and 15 are kept by torch for whatever comes next.
     assert seen['ldm3d_device_memory_used_bytes{device="cuda:1"}'] == 65
     assert seen['ldm3d_device_memory_total_bytes{device="cuda:1"}'] == 100
-    expected = {"pynvml": 0.7, "nvidia-smi": 0.42, "neither": math.nan}[way]
+    expected = {"pynvml": 0.7, "nvidia-smi": 0.42, "neither": math.nan, "part of a GPU": math.nan}[way]
     assert seen.get('ldm3d_device_use_ratio{device="cuda:1"}', math.nan) == pytest.approx(expected, nan_ok=True)
 
 
