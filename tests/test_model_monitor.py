@@ -171,10 +171,10 @@ def test_the_very_first_bad_volume_is_a_rise(tmp_path: Path) -> None:
     watcher = Watcher(tmp_path)
     watcher.look()
     assert told()[bad] == 0
-    job(tmp_path, [0 * brain(1)], seed=1)
+    watched = job(tmp_path, [0 * brain(1)], seed=1)
     watcher.look()
     assert told()[bad] == 1
-    shutil.rmtree(tmp_path / "jobs" / next(iter(os.listdir(tmp_path / "jobs"))))
+    shutil.rmtree(watched)
     (tmp_path / "active.json").unlink()
     watcher.look()
     assert bad not in told()

@@ -41,7 +41,8 @@ def start(service: str) -> None:
     """
     global _provider, _tracer
     named = any(os.environ.get(name) for name in ENDPOINTS)
-    chosen = os.environ.get(EXPORTER) or (OTLP if named else "none")  # set to nothing is not set, as OpenTelemetry has it
+    # What is set to nothing is not set: so OpenTelemetry has it.
+    chosen = os.environ.get(EXPORTER) or (OTLP if named else "none")
     if chosen == "none":
         return
     try:
