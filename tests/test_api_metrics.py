@@ -171,3 +171,42 @@ def test_a_worker_by_itself_tells_nothing_that_only_the_web_process_knows() -> N
 
 def _with(seen: dict[str, float], name: str) -> dict[str, float] | None:
     return seen if seen.get(name) else None
+
+
+WORKS_AND_ENDS = """
+from mlops.api import metrics
+metrics.expect("demo", "1")
+metrics.count_end("demo", "1", False, "failed")
+metrics.JOB_SECONDS.labels("demo", "1").observe(3)
+metrics.RELOAD_FAILED.set({value})
+metrics.MODELS_LOADED.set(1)
+"""
+BURIES = """
+import os, subprocess, sys
+from mlops.api import metrics
+for value in (0, 1):
+    worker = subprocess.Popen([sys.executable, "-c", {code!r}.format(value=value)])
+    assert worker.wait() == 0
+    before = metrics.exposition()[0]
+    metrics.bury(worker.pid)
+    lines = lambda text: {{line for line in text.decode().splitlines() if "models_loaded" not in line}}
+    assert lines(before) == lines(metrics.exposition()[0])
+print(*sorted(os.listdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])), os.getpid(), sep="\\n", file=sys.stderr)
+print(metrics.exposition()[0].decode().strip())
+"""
+
+
+def test_workers_that_have_ended_leave_their_figures_and_no_files(tmp_path: Path) -> None:
+    """Of a worker that ends every half a minute they would fill the disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", BURIES.format(code=WORKS_AND_ENDS)],
+        cwd=ROOT, env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = figures(done.stdout.strip())
+    assert seen['ldm3d_jobs_ended_total{model="demo",shadow="no",state="failed",version="1"}'] == 2
+    assert seen['ldm3d_job_seconds_bucket{le="5.0",model="demo",version="1"}'] == 2
+    assert seen['ldm3d_job_seconds_sum{model="demo",version="1"}'] == 6
+    assert seen["ldm3d_reload_failed"] == 1 and "ldm3d_models_loaded" in seen
+    *files, own = done.stderr.split()
+    assert {name.rpartition("_")[2] for name in files} == {"0.db", f"{own}.db"}
