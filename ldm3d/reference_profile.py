@@ -47,7 +47,6 @@ from pydantic import ValidationError
 
 from ldm3d import __version__
 from ldm3d.brain import AXES, COARSE, IMAGE_FEATURES
-from ldm3d.cases import CHANNELS
 from ldm3d.definitions import Strict
 from ldm3d.errors import WeightsError
 from ldm3d.files import write_text
@@ -132,8 +131,6 @@ def _what_is_wrong(profile: ReferenceProfile) -> str:
         return f"its mean image has {len(profile.mean_image)} values; {COARSE**3} are needed"
     if not all(counts and min(counts.values()) > 0 for counts in profile.facts.values()):
         return "its facts count no volumes"
-    if not 0 <= profile.channel < len(CHANNELS):
-        return f"its channel is {profile.channel}; there are 0 to {len(CHANNELS) - 1}"
     if min(*profile.spacing, *profile.size) <= 0:
         return "its spacing and size must be positive"
     rows = profile.latents.rows if profile.latents else []

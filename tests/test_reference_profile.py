@@ -167,7 +167,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no number": ({"pair_distances": [0.1, float("nan")]}, "no numbers"),
     "no end": ({"mean_image": [float("inf")] * 512}, "no numbers"),
     "no facts": ({"facts": {"orientation": {}, "scanner": {}}}, "count no volumes"),
-    "no such contrast": ({"channel": 9}, "channel is 9"),
     "no voxels": ({"spacing": [0, 1, 1]}, "must be positive"),
     "rows of latents": ({"latents": {"autoencoder_sha256": "", "rows": [[1, 2], [3]]}}, "differ in length"),
 }
