@@ -116,6 +116,8 @@ def test_of_a_large_folder_some_are_judged(
     folder = measure_folder(env.data_base_dir, profile, env.model_dir)
     assert (folder.found, len(folder.judged), folder.unreadable) == (COUNT, 3, {})
     assert folder.latents is None and "there is no" in folder.no_latents
+    with pytest.raises(UserError, match="is of channel -1"):
+        measure_folder(env.data_base_dir, profile.model_copy(update={"channel": -1}), env.model_dir)
     monkeypatch.setattr(drift_folder, "LARGEST", 256)
     assert set(folder.judged) < set(measure_folder(env.data_base_dir, profile, env.model_dir).judged)
 

@@ -66,7 +66,8 @@ def measure_folder(folder: Path, profile: ReferenceProfile, model_dir: Path) -> 
 
     Raises:
         DataError: there is no volume, or none that can be read.
-        WeightsError: the weights in `model_dir` are damaged, or were trained on other data than the profile is of.
+        WeightsError: the weights in `model_dir` are damaged, or were trained on other data than the profile is of;
+            there is no contrast of its number.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder")
