@@ -20,6 +20,8 @@ _NOISE_GAIN = 6**1.5
 _MAD = 1.4826  # median absolute value of a normal distribution to its standard deviation
 _SHADING_VOXELS = 20_000
 _SIGNIFICANT_DIGITS = 5
+# A hundred steps of a 32-bit number near 1 could not be told apart by a histogram.
+_LEAST_CONTRAST = 1e-4
 
 IMAGE_FEATURES = (
     *(f"intensity_p{percent:02d}" for percent in QUANTILES),
@@ -109,7 +111,7 @@ def brain_mask(volume: np.ndarray) -> np.ndarray:
         (X, Y, Z) bool; all False for a volume without contrast.
     """
     smooth = ndimage.gaussian_filter(np.asarray(volume, dtype=np.float32), 1)
-    if np.ptp(smooth) < 1e-6:
+    if np.ptp(smooth) < _LEAST_CONTRAST:
         return np.zeros(smooth.shape, dtype=bool)
     # Half of it: Otsu's own threshold can fall between tissue and a bright lesion.
     parts, count = ndimage.label(smooth > _otsu(smooth) / 2)

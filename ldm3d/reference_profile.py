@@ -39,6 +39,8 @@ Free text of headers is never taken, of a BIDS sidecar only manufacturer, model 
 
 import json
 import re
+from itertools import chain
+from math import isfinite
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -127,6 +129,16 @@ def _what_is_wrong(profile: ReferenceProfile) -> str:
         return f"its features have {' and '.join(map(str, sorted(lengths)))} values; all must have the same number"
     if len(profile.mean_image) != COARSE**3:
         return f"its mean image has {len(profile.mean_image)} values; {COARSE**3} are needed"
+    if not all(counts and min(counts.values()) > 0 for counts in profile.facts.values()):
+        return "its facts count no volumes"
+    if min(*profile.spacing, *profile.size) <= 0:
+        return "its spacing and size must be positive"
+    rows = profile.latents.rows if profile.latents else []
+    if len({len(row) for row in rows}) > 1:
+        return "the rows of its latents differ in length"
+    numbers = chain(*profile.features.values(), *rows, profile.mean_image, profile.pair_distances, profile.spacing)
+    if not all(map(isfinite, numbers)):  # JSON has none, but Python reads them, and every comparison with NaN is False
+        return "some of its values are no numbers"
     return ""
 
 

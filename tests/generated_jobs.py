@@ -71,7 +71,7 @@ def profile(volumes: Sequence[np.ndarray], **fields: Any) -> ReferenceProfile:
         spacing=SPACING,
         size=SHAPE,
         features={name: sorted(found.get(name, 0.0) for found in features) for name in FEATURES},
-        facts={name: {} for name in FACTS},
+        facts={name: {"unknown": 2} for name in FACTS},
         mean_image=np.mean(means, axis=0).ravel().tolist(),
         pair_distances=sorted(distance(a, b) for a, b in zip(means, means[1:] + means[:1], strict=True)),
         **facts | fields,

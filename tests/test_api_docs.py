@@ -16,8 +16,10 @@ import httpx
 import nibabel as nib
 import pytest
 from documents import FENCE, blocks, section
+from prometheus_client.metrics import MetricWrapperBase
 from service import ROOT, Service, models_yaml, publish, running
 
+from mlops.api import metrics, tracing
 from mlops.api import settings as settings_module
 from mlops.api.problems import TITLES, WHY
 from mlops.api.security import ACCESS
@@ -212,3 +214,20 @@ def test_settings_that_are_named_exist() -> None:
 def test_the_tables_of_costs_are_what_was_measured() -> None:
     shown = TEXT.split("<!-- service table -->\n")[1].split("\n<!-- /service table -->")[0]
     assert shown == (ROOT / "benchmarks" / "results" / "api.md").read_text().rstrip()
+
+
+def test_the_metrics_are_those_that_are_served() -> None:
+    served = {}
+    for metric in vars(metrics).values():
+        if isinstance(metric, MetricWrapperBase):
+            served[metric.describe()[0].name] = set(metric._labelnames)
+    described = {}
+    for names, labels, _ in rows("Figures"):
+        described |= {name: set(re.findall(r"`(.+?)`", labels)) for name in re.findall(r"`(.+?)`", names)}
+    assert described == served
+
+
+def test_the_variables_of_traces_are_those_that_are_read() -> None:
+    named = {name for names, _ in rows("Traces") for name in re.findall(r"`(.+?)`", names)}
+    assert {*tracing.ENDPOINTS, tracing.EXPORTER, "OTEL_SERVICE_NAME"} < named
+    assert all(name.startswith("OTEL_") for name in named)

@@ -79,11 +79,13 @@ def test_a_worker_tells_of_its_machine() -> None:
     assert 0 < seen['ldm3d_device_use_ratio{device="cpu"}'] <= 0.5
 
 
-@pytest.mark.parametrize("way", ["pynvml", "nvidia-smi", "neither"])
+@pytest.mark.parametrize("way", ["pynvml", "nvidia-smi", "neither", "part of a GPU"])
 def test_a_worker_tells_of_its_gpu(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one: what torch and nvidia-smi say is made up."""
 
     def use(of: torch.device) -> int:
+        if way == "part of a GPU":
+            raise Exception("NVMLError_NotSupported, which is an Exception and no more")
         if way != "pynvml":
             raise ModuleNotFoundError("pynvml")
         return 70
@@ -92,7 +94,7 @@ def test_a_worker_tells_of_its_gpu(way: str, monkeypatch: pytest.MonkeyPatch) ->
         assert command[-1] == "GPU-uuid"
         if way == "neither":
             raise FileNotFoundError
-        return SimpleNamespace(stdout="42\n")
+        return SimpleNamespace(stdout="[N/A]\n" if way == "part of a GPU" else "42\n")
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda of: (20, 100))
@@ -107,7 +109,7 @@ def test_a_worker_tells_of_its_gpu(way: str, monkeypatch: pytest.MonkeyPatch) ->
     # 20 are free, and 15 are kept by torch for whatever comes next.
     assert seen['ldm3d_device_memory_used_bytes{device="cuda:1"}'] == 65
     assert seen['ldm3d_device_memory_total_bytes{device="cuda:1"}'] == 100
-    expected = {"pynvml": 0.7, "nvidia-smi": 0.42, "neither": math.nan}[way]
+    expected = {"pynvml": 0.7, "nvidia-smi": 0.42, "neither": math.nan, "part of a GPU": math.nan}[way]
     assert seen.get('ldm3d_device_use_ratio{device="cuda:1"}', math.nan) == pytest.approx(expected, nan_ok=True)
 
 
@@ -118,7 +120,7 @@ def test_the_profile_of_the_training_data_travels_with_the_weights(tmp_path: Pat
     card = read_card(weights / UNET, DiffusionCard)
     profile = ReferenceProfile(
         trained_on=card.trained_on, num_train=2, channel=0, spacing=card.spacing, size=(16, 16, 16),
-        features={name: [0.1, 0.2] for name in FEATURES}, facts={name: {} for name in FACTS},
+        features={name: [0.1, 0.2] for name in FEATURES}, facts={name: {"unknown": 2} for name in FACTS},
         mean_image=[0.0] * 512, pair_distances=[0.1],
     )  # fmt: skip
     write_profile(weights, profile)
@@ -135,7 +137,7 @@ def test_a_profile_that_does_not_belong_is_left_out(
     if wrong == "of other data":
         write_profile(weights, ReferenceProfile(
             trained_on="0" * 64, num_train=2, channel=0, spacing=(1, 1, 1), size=(16, 16, 16),
-            features={name: [0.1] for name in FEATURES}, facts={name: {} for name in FACTS},
+            features={name: [0.1] for name in FEATURES}, facts={name: {"unknown": 2} for name in FACTS},
             mean_image=[0.0] * 512, pair_distances=[0.1],
         ))  # fmt: skip
     stored = store(str(weights), tmp_path, 10**6)
@@ -169,3 +171,42 @@ def test_a_worker_by_itself_tells_nothing_that_only_the_web_process_knows() -> N
 
 def _with(seen: dict[str, float], name: str) -> dict[str, float] | None:
     return seen if seen.get(name) else None
+
+
+WORKS_AND_ENDS = """
+from mlops.api import metrics
+metrics.expect("demo", "1")
+metrics.count_end("demo", "1", False, "failed")
+metrics.JOB_SECONDS.labels("demo", "1").observe(3)
+metrics.RELOAD_FAILED.set({value})
+metrics.MODELS_LOADED.set(1)
+"""
+BURIES = """
+import os, subprocess, sys
+from mlops.api import metrics
+for value in (0, 1):
+    worker = subprocess.Popen([sys.executable, "-c", {code!r}.format(value=value)])
+    assert worker.wait() == 0
+    before = metrics.exposition()[0]
+    metrics.bury(worker.pid)
+    lines = lambda text: {{line for line in text.decode().splitlines() if "models_loaded" not in line}}
+    assert lines(before) == lines(metrics.exposition()[0])
+print(*sorted(os.listdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])), os.getpid(), sep="\\n", file=sys.stderr)
+print(metrics.exposition()[0].decode().strip())
+"""
+
+
+def test_workers_that_have_ended_leave_their_figures_and_no_files(tmp_path: Path) -> None:
+    """Of a worker that ends every half a minute they would fill the disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", BURIES.format(code=WORKS_AND_ENDS)],
+        cwd=ROOT, env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = figures(done.stdout.strip())
+    assert seen['ldm3d_jobs_ended_total{model="demo",shadow="no",state="failed",version="1"}'] == 2
+    assert seen['ldm3d_job_seconds_bucket{le="5.0",model="demo",version="1"}'] == 2
+    assert seen['ldm3d_job_seconds_sum{model="demo",version="1"}'] == 6
+    assert seen["ldm3d_reload_failed"] == 1 and "ldm3d_models_loaded" in seen
+    *files, own = done.stderr.split()
+    assert {name.rpartition("_")[2] for name in files} == {"0.db", f"{own}.db"}

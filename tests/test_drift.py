@@ -214,9 +214,9 @@ def test_a_profile_that_is_not_there_or_of_other_weights(drift: Drift, tmp_path:
     require_one_line(drift(tmp_path, reference=tmp_path), "was trained on other data")
 
 
-@pytest.mark.parametrize("alpha", ["0", "1", "-1", "nan", "much"])
+@pytest.mark.parametrize("alpha", ["0", "1", "-1", "nan", "much", "0.003"])
 def test_senseless_alpha(drift: Drift, tmp_path: Path, alpha: str) -> None:
-    require_one_line(drift(tmp_path, "--alpha", alpha), "must be a number between 0 and 1")
+    require_one_line(drift(tmp_path, "--alpha", alpha), "must be a number between 0.0033 and 1")
 
 
 def test_latents_of_other_weights_are_not_compared(drift: Drift, fresh: Path, tmp_path: Path) -> None:

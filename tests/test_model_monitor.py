@@ -18,7 +18,7 @@ from service import ROOT, free_port, until
 
 from ldm3d.errors import DataError
 from mlops.api.catalogue import ActiveModel, ActiveSet, activate
-from mlops.monitoring import quality_metrics, watching
+from mlops.monitoring import model_monitor, quality_metrics, watching
 from mlops.monitoring.watching import Watcher
 
 V = 'model="demo",version="1"'
@@ -160,6 +160,54 @@ def test_a_reference_that_comes_later_is_used(tmp_path: Path) -> None:
     give_reference(tmp_path, [brain(100 + i) for i in range(10)])
     watcher.look()
     assert told()[f"ldm3d_quality_reference{{{V}}}"] == 1 and f"ldm3d_quality_reference_distance{{{V}}}" in told()
+
+
+def test_the_very_first_bad_volume_is_a_rise(tmp_path: Path) -> None:
+    """Prometheus sees no rise in a series that begins at 1."""
+    (tmp_path / "jobs").mkdir()
+    versions = [served.version("1", model="demo")]
+    activate(ActiveSet(models=[ActiveModel(name="demo", assign_by="job", versions=versions)]), tmp_path)
+    bad = f'ldm3d_quality_bad_volumes_total{{fault="empty",{V}}}'
+    watcher = Watcher(tmp_path)
+    watcher.look()
+    assert told()[bad] == 0
+    watched = job(tmp_path, [0 * brain(1)], seed=1)
+    watcher.look()
+    assert told()[bad] == 1
+    shutil.rmtree(watched)
+    (tmp_path / "active.json").unlink()
+    watcher.look()
+    assert bad not in told()
+
+
+def test_a_look_that_fails_does_not_end_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def look(watcher: Watcher) -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("of a kind that nobody thought of")
+
+    monkeypatch.setattr(Watcher, "look", look)
+    monkeypatch.setattr(model_monitor, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(os, "nice", lambda by: 0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        model_monitor.serve(tmp_path, free_port())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(looks) == 2
+
+
+def test_a_reference_of_one_volume_is_none(tmp_path: Path) -> None:
+    """There is no variety to compare with: nothing may be divided by it."""
+    give_reference(tmp_path, [brain(100)])
+    for seed in range(3):
+        job(tmp_path, [brain(seed)], seed=seed)
+    Watcher(tmp_path).look()
+    assert told()[f"ldm3d_quality_reference{{{V}}}"] == 0
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:

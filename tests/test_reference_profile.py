@@ -1,5 +1,6 @@
 """The reference profile: what it holds and what it must not, and that training and monitors measure alike."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def test_of_a_large_folder_some_are_judged(
     folder = measure_folder(env.data_base_dir, profile, env.model_dir)
     assert (folder.found, len(folder.judged), folder.unreadable) == (COUNT, 3, {})
     assert folder.latents is None and "there is no" in folder.no_latents
+    with pytest.raises(UserError, match="is of channel -1"):
+        measure_folder(env.data_base_dir, profile.model_copy(update={"channel": -1}), env.model_dir)
     monkeypatch.setattr(drift_folder, "LARGEST", 256)
     assert set(folder.judged) < set(measure_folder(env.data_base_dir, profile, env.model_dir).judged)
 
@@ -162,6 +165,26 @@ def test_the_command_refuses_other_data(
 # What is measured of one volume.
 
 
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no number": ({"pair_distances": [0.1, float("nan")]}, "no numbers"),
+    "no end": ({"mean_image": [float("inf")] * 512}, "no numbers"),
+    "no facts": ({"facts": {"orientation": {}, "scanner": {}}}, "count no volumes"),
+    "no voxels": ({"spacing": [0, 1, 1]}, "must be positive"),
+    "rows of latents": ({"latents": {"autoencoder_sha256": "", "rows": [[1, 2], [3]]}}, "differ in length"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG.values(), ids=WRONG)
+def test_a_profile_that_cannot_be_compared_with_is_refused(
+    cfg: Config, env: Environment, data: Prepared, change: dict[str, Any], said: str
+) -> None:
+    """With NaN in it every test would say "no drift"."""
+    profile = training_profile(cfg, data, env.model_dir)
+    (env.model_dir / FILE).write_text(json.dumps(profile.model_dump(mode="json") | change))
+    with pytest.raises(UserError, match=said):
+        read_profile(env.model_dir)
+
+
 @pytest.fixture(scope="module")
 def brain() -> np.ndarray:
     return scale_intensity(make_phantom(5, 0).image[0], "phantom")
@@ -187,7 +210,10 @@ def test_figures_follow_what_is_done_to_a_volume(brain: np.ndarray) -> None:
     assert match(coarse(brain[:, :, ::-1]), image) < 0.95
 
 
-@pytest.mark.parametrize("volume", [np.zeros((16, 16, 16)), np.ones((16, 16, 16))])
+BARELY_UNEVEN = 1 - 1e-5 * np.random.default_rng(0).random((16, 16, 16))
+
+
+@pytest.mark.parametrize("volume", [np.zeros((16, 16, 16)), np.ones((16, 16, 16)), BARELY_UNEVEN])
 def test_a_volume_without_a_brain_is_all_zeros(volume: np.ndarray) -> None:
     assert not brain_mask(volume).any()
     assert set(image_features(volume, (1, 1, 1)).values()) == {0.0}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ldm3d.allocator import CGROUP, MEMINFO, free_bytes
+from ldm3d.console import log
 from mlops.api import metrics
 
 SECONDS = 5.0
@@ -21,11 +22,16 @@ def watch(device: torch.device) -> None:
 
 
 def _keep_looking(device: torch.device) -> None:
-    last = (time.monotonic(), time.process_time())
+    last, trouble = (time.monotonic(), time.process_time()), ""
     while True:
         time.sleep(SECONDS)
         now = (time.monotonic(), time.process_time())
-        look(device, (now[1] - last[1]) / (now[0] - last[0]))
+        try:
+            look(device, (now[1] - last[1]) / (now[0] - last[0]))
+        except Exception as error:  # a driver's, say; figures that stand still for good would look like a calm device
+            if repr(error) != trouble:
+                trouble = repr(error)
+                log(f"warning: the device cannot be looked at: {trouble}")
         last = now
 
 
@@ -61,7 +67,7 @@ def _gpu_use(device: torch.device) -> float | None:
     """Share of the time in which the GPU computed; None where neither pynvml nor nvidia-smi tells."""
     try:
         return torch.cuda.utilization(device) / 100
-    except (ImportError, RuntimeError):  # pynvml is not installed, or the GPU is a part of one, which does not tell
+    except Exception:  # pynvml is not installed, or has an error of its own: a part of a GPU does not tell
         pass
     uuid = torch.cuda.get_device_properties(device).uuid
     command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i", f"GPU-{uuid}"]

@@ -1,6 +1,8 @@
 """What Prometheus reads. Web and worker count into files of one folder, so that one address tells of all processes."""
 
+import logging
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -19,22 +21,28 @@ from prometheus_client import (
     multiprocess,
     start_http_server,
 )
+from prometheus_client.mmap_dict import MmapedDict
+
+log = logging.getLogger("ldm3d.service")
 
 KINDS = ("counter", "histogram", "gauge_mostrecent", "gauge_livemostrecent", "gauge_livesum", "gauge_min")
 RESERVED_BYTES = 2**20
+OF_THE_DEAD = 0
+"""No process has this number: files of all that have ended."""
+_reading = threading.Lock()
 
 
-def _reserve(folder: Path) -> None:
-    """Take the room of this process's files at once. They are mapped into memory: written to where a full disk has no
+def _reserve(folder: Path, pid: int) -> None:
+    """Take the room of a process's files at once. They are mapped into memory: written to where a full disk has no
     room for them, they would end the process with a bus error.
     """
     for kind in KINDS:
-        with open(folder / f"{kind}_{os.getpid()}.db", "ab") as file:
+        with open(folder / f"{kind}_{pid}.db", "ab") as file:
             os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
 
 
 if "PROMETHEUS_MULTIPROC_DIR" in os.environ and hasattr(os, "posix_fallocate"):  # macOS has none
-    _reserve(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
+    _reserve(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]), os.getpid())
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
@@ -118,7 +126,38 @@ def expect(model: str, version: str) -> None:
 
 def exposition() -> tuple[bytes, str]:
     """The metrics of all processes as text, and its media type."""
-    return generate_latest(_registry()), CONTENT_TYPE_LATEST
+    with _reading:
+        return generate_latest(_registry()), CONTENT_TYPE_LATEST
+
+
+def bury(pid: int) -> None:
+    """Keep what a worker that has ended counted, but not its files: of one that ends again and again they would fill
+    the disk, and each scrape reads all of them.
+    """
+    folder = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+    multiprocess.mark_process_dead(pid)
+    with _reading:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                _reserve(folder, OF_THE_DEAD)
+            for kind in ("counter", "histogram", "gauge_mostrecent"):
+                _take_over(folder / f"{kind}_{pid}.db", folder / f"{kind}_{OF_THE_DEAD}.db")
+            (folder / f"gauge_min_{pid}.db").unlink(missing_ok=True)  # the web process began before
+        except Exception as error:  # a full disk, a file cut short by the kill: a worker must be started all the same
+            log.warning("figures of the worker %s that has ended stay where they are: %s", pid, error)
+
+
+def _take_over(dead: Path, kept: Path) -> None:
+    if not dead.exists():
+        return
+    values = MmapedDict(str(kept))
+    for key, value, timestamp, _ in MmapedDict.read_all_values_from_file(str(dead)):
+        old, when = values.read_value(key)
+        newest = max((timestamp, value), (when, old))
+        written = newest[::-1] if dead.name.startswith("gauge") else (old + value, timestamp)
+        values.write_value(key, *written)
+    values.close()
+    dead.unlink()
 
 
 def serve(port: int) -> None:

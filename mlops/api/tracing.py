@@ -41,7 +41,8 @@ def start(service: str) -> None:
     """
     global _provider, _tracer
     named = any(os.environ.get(name) for name in ENDPOINTS)
-    chosen = os.environ.get(EXPORTER, OTLP if named else "none")
+    # What is set to nothing is not set: so OpenTelemetry has it.
+    chosen = os.environ.get(EXPORTER) or (OTLP if named else "none")
     if chosen == "none":
         return
     try:
@@ -50,7 +51,7 @@ def start(service: str) -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise ConfigError("traces need pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http") from error
-    resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", service)})
+    resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME") or service})
     _provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     _provider.add_span_processor(BatchSpanProcessor(_exporter(OTLP if chosen == "otlp" else chosen)))
     _tracer = _provider.get_tracer("ldm3d", __version__)

@@ -49,7 +49,7 @@ class Workers:
             thread.start()
 
     def _keep_one(self) -> None:
-        from prometheus_client import multiprocess  # not before `count_into_files`
+        from mlops.api import metrics  # not before `count_into_files`
 
         pause = 1.0
         while not self.ending.is_set():
@@ -68,7 +68,7 @@ class Workers:
             self._running.append(worker)
             code = worker.wait()
             self._running.remove(worker)
-            multiprocess.mark_process_dead(worker.pid)
+            metrics.bury(worker.pid)
             if self.ending.is_set():
                 return
             if code == EXIT_USER_ERROR:

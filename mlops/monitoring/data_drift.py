@@ -35,7 +35,7 @@ from ldm3d import __version__
 from ldm3d.cases import CHANNELS
 from ldm3d.errors import DataError, UserError
 from ldm3d.files import require_writable, write_text
-from ldm3d.reference_profile import ReferenceProfile, read_profile
+from ldm3d.reference_profile import FACTS, FEATURES, ReferenceProfile, read_profile
 from mlops import run_metrics
 from mlops.commands import EXIT_USER_ERROR, Parser, run_command
 from mlops.monitoring.drift_folder import Folder, measure_folder
@@ -44,6 +44,7 @@ from mlops.monitoring.drift_report import report
 from mlops.monitoring.drift_statistics import (
     LEAST_TO_CLEAR,
     LEAST_TO_COMPARE,
+    PERMUTATIONS,
     Comparison,
     compare_latents,
     compare_numbers,
@@ -54,6 +55,8 @@ from mlops.monitoring.drift_statistics import (
 from mlops.monitoring.drift_words import causes
 
 ALPHA = 0.01
+LEAST_ALPHA = (len(FEATURES) + len(FACTS) + 1) / (PERMUTATIONS + 1)
+"""Below it the tests by exchanging volumes could not find anything: their least probability, corrected, is this."""
 NO_DRIFT, DRIFT = 0, 1
 TOO_FEW = "too few"
 
@@ -114,8 +117,8 @@ def probability(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number between 0 and 1")
+    if not LEAST_ALPHA < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number between {LEAST_ALPHA} and 1")
     return value
 
 

@@ -13,7 +13,7 @@ import torch
 from ldm3d import distributed
 from ldm3d.brain import COARSE, match
 from ldm3d.cards import AUTOENCODER, AutoencoderCard, read_card
-from ldm3d.cases import Case, find_cases
+from ldm3d.cases import CHANNELS, Case, find_cases
 from ldm3d.checks import examine, share_out
 from ldm3d.errors import DataError, WeightsError
 from ldm3d.files import sha256
@@ -66,10 +66,13 @@ def measure_folder(folder: Path, profile: ReferenceProfile, model_dir: Path) -> 
 
     Raises:
         DataError: there is no volume, or none that can be read.
-        WeightsError: the weights in `model_dir` are damaged, or were trained on other data than the profile is of.
+        WeightsError: the weights in `model_dir` are damaged, or were trained on other data than the profile is of;
+            there is no contrast of its number.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder")
+    if not 0 <= profile.channel < len(CHANNELS):
+        raise WeightsError(f"the profile is of channel {profile.channel}; there are 0 to {len(CHANNELS) - 1}")
     encode, no_latents = encoder(profile, model_dir)
     cases = {case.name: replace(case, label=None) for case in find_cases(folder, DataConfig(), profile.channel)}
     chosen = [cases[name] for name in drawn(list(cases), LARGEST)]

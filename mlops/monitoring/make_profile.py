@@ -46,7 +46,7 @@ def main() -> int:
     contents = [data.cache.key(case) for case in data.split.train]
     autoencoder, _ = load_autoencoder(env.model_dir)
     digest = sha256(env.model_dir / AUTOENCODER)
-    root, device = cache_folder(env.data_base_dir, cfg.data), distributed.choose_device()
+    root, device = cfg.data.latents_dir or cache_folder(env.data_base_dir, cfg.data), distributed.choose_device()
     # The very cache that stage 2 makes or has made.
     flip = cfg.diffusion_train.flip
     cache = build_latent_cache(root, autoencoder.to(device), digest, volumes, contents, flip, torch.device(device))

@@ -80,6 +80,8 @@ def serve(data_dir: Path, port: int) -> None:
             watcher.look()
         except DataError as error:  # the service has not started yet; an alert says so if it never does
             log.warning("%s", error.one_line())
+        except Exception:  # one job must not end the looks at all others; the alert Ldm3dMonitorStuck tells if it does
+            log.exception("a look ended early")
         ending.wait(PAUSE_SECONDS)
 
 

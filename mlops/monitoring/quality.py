@@ -102,9 +102,11 @@ class Reference:
 def read_reference(data_dir: Path, digest: str) -> Reference | None:
     """The reference of stored weights; None where they came without one, or it cannot be used."""
     try:
-        return Reference(read_profile(store_dir(data_dir) / digest / FILE))
+        profile = read_profile(store_dir(data_dir) / digest / FILE)
     except WeightsError:
         return None
+    # Of one volume, or of copies of one, there is no variety to compare with.
+    return Reference(profile) if any(profile.pair_distances) else None
 
 
 def has_reference(data_dir: Path, digest: str) -> bool:

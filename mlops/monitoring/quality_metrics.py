@@ -56,6 +56,12 @@ LOOK_SECONDS = Gauge("ldm3d_quality_look_seconds", "How long that took.", regist
 OF_A_VERSION = (VOLUMES, BAD, WINDOW, FEATURE, PAIR_DIFFERENCE, REFERENCE, DEVIATION, DISTANCE, DIVERSITY)
 
 
+def expect_faults(model: str, version: str) -> None:
+    """Begin to count at 0."""
+    for fault in ("damaged", "empty"):
+        BAD.labels(model, version, fault)
+
+
 def forget(model: str, version: str) -> None:
     """Tell no more of a version that is not there any more."""
     for metric in OF_A_VERSION:

@@ -59,6 +59,8 @@ class Watcher:
         self._seen: dict[str, tuple[str, str]] = {}
         """Versions of the jobs that need not be looked at again."""
         self._windows: dict[tuple[str, str], Window] = {}
+        self._told: set[tuple[str, str]] = set()
+        """Versions that metrics tell of."""
 
     def look(self) -> None:
         """Read what has finished since the last look.
@@ -77,6 +79,7 @@ class Watcher:
             self._seen[job.folder.name] = job.version
             if self._read(job):
                 changed.add(job.version)
+        self._expect_faults()
         self._forget_versions()
         for version, window in self._windows.items():
             # The reference may come after the volumes.
@@ -124,8 +127,6 @@ class Watcher:
         volumes, reference = list(window.volumes.values()), read_reference(self.data_dir, window.digest)
         metrics.WINDOW.labels(*version).set(len(volumes))
         metrics.REFERENCE.labels(*version).set(reference is not None)
-        for fault in ("damaged", "empty"):
-            metrics.BAD.labels(*version, fault)  # counted from 0 on, so that the first one is a rise
         if volumes:
             for name, value in feature_means(volumes).items():
                 metrics.FEATURE.labels(*version, name).set(value)
@@ -140,13 +141,27 @@ class Watcher:
         for name, value in reference.deviations(volumes).items():
             metrics.DEVIATION.labels(*version, name).set(value)
 
-    def _forget_versions(self) -> None:
-        """A version is forgotten when it is not served any more and its last job is gone."""
+    def _served(self) -> set[tuple[str, str]] | None:
         try:
             active = read_active(self.data_dir)
         except ConfigError:  # damaged; the service says so, and replaces it
+            return None
+        return {(version.model, version.version) for version in active.versions} if active else set()
+
+    def _expect_faults(self) -> None:
+        """Count from 0 on, before there is a volume: the very first bad one is a rise. After a look, as what a monitor
+        finds at its start is nothing new.
+        """
+        for version in (self._served() or set()) | self._windows.keys():
+            self._told.add(version)
+            metrics.expect_faults(*version)
+
+    def _forget_versions(self) -> None:
+        """A version is forgotten when it is not served any more and its last job is gone."""
+        served = self._served()
+        if served is None:
             return
-        served = {(version.model, version.version) for version in active.versions} if active else set()
-        for version in self._windows.keys() - set(self._seen.values()) - served:
-            del self._windows[version]
+        for version in self._told - set(self._seen.values()) - served:
+            self._told.discard(version)
+            self._windows.pop(version, None)
             metrics.forget(*version)

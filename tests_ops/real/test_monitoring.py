@@ -77,7 +77,7 @@ folder = Path(sys.argv[1])
 card = read_card(folder / UNET, DiffusionCard)
 write_profile(folder, ReferenceProfile(
     trained_on=card.trained_on, num_train=2, channel=card.channel, spacing=card.spacing, size=(48, 64, 48),
-    features={name: [0.1, 0.2] for name in FEATURES}, facts={name: {} for name in FACTS},
+    features={name: [0.1, 0.2] for name in FEATURES}, facts={name: {"unknown": 2} for name in FACTS},
     mean_image=[0.0] * 512, pair_distances=[0.1, 0.2],
 ))
 """

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from programs import ROOT, need, run
 
+ONE = {"labels": "{}", "value": 1}
 MONITORING = ROOT / "mlops/monitoring"
 
 
@@ -54,6 +55,20 @@ def test_a_wrong_rule_is_noticed(tmp_path: Path, old: str, new: str, alert: str)
     assert old in text
     done = judged(tmp_path, text.replace(old, new), alert)
     assert done.returncode != 0 and alert in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("alert", ["Ldm3dServiceDown", "Ldm3dMonitorDown"])
+def test_what_prometheus_does_not_even_know_of_is_missed(tmp_path: Path, alert: str) -> None:
+    """On Kubernetes a pod that never was has no `up`, not even 0."""
+    need("promtool")
+    count = {"expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})', "eval_time": "30m"}
+    unit = {"interval": "1m", "input_series": [], "promql_expr_test": [count | {"exp_samples": [ONE]}]}
+    test = {"rule_files": [str(tmp_path / "rules.yml")], "evaluation_interval": "1m", "tests": [unit]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
+    text = alerts.RULES.read_text()
+    for rules, found in ((text, True), (text.replace("or absent(", "or vector(0) > absent("), False)):
+        (tmp_path / "rules.yml").write_text(rules)
+        assert (run("promtool", "test", "rules", tmp_path / "test.yml").returncode == 0) is found
 
 
 def faults(rules: dict[str, dict[str, Any]], readme: str) -> list[str]:
