@@ -291,6 +291,19 @@ def test_an_audit_log_that_lost_its_end_is_noticed(call: Call, data: Path, vault
     assert "no longer has the entry" in call("create", "--from", data, "--to", vault, *metrics).err
 
 
+@pytest.mark.parametrize("newest", ["of another source", "damaged"])
+def test_so_it_is_where_the_newest_backup_does_not_know_the_log(
+    call: Call, data: Path, weights: Path, vault: Path, newest: str
+) -> None:
+    made(call, vault, data)
+    name = made(call, vault, weights if newest == "of another source" else data)
+    if newest == "damaged":
+        (vault / name / "manifest.json").write_text("{}")
+    shutil.rmtree(data / "audit")
+    said = call("create", "--from", data, "--to", vault, "--keep", 1)
+    assert (said.code, "no longer has the entry that the newest backup ends with" in said.err) == (1, True), said.err
+
+
 def test_a_damaged_audit_log_is_saved_as_it_is(call: Call, data: Path, vault: Path, tmp_path: Path) -> None:
     log = data / "audit" / CURRENT
     log.write_bytes(log.read_bytes().replace(b'"outcome":202', b'"outcome":200', 1))
@@ -544,6 +557,18 @@ def test_retention_keeps_the_newest_and_the_young(call: Call, weights: Path, vau
     newest = made(call, vault, weights, more=("--keep", 1))
     assert sorted(path.name for path in vault.iterdir()) == sorted([newest, "notes.txt"])
     assert call("prune", "--from", vault, "--keep", 1).err == ""
+
+
+def test_backups_of_other_sources_and_damaged_ones_do_not_push_out_the_good_ones(
+    call: Call, weights: Path, data: Path, vault: Path
+) -> None:
+    of_weights = [old(vault, made(call, vault, weights), days) for days in (9, 8)]
+    of_audit = [old(vault, made(call, vault, data / "audit"), days) for days in (7, 6, 5)]
+    damaged = [old(vault, made(call, vault, weights), days) for days in (4, 3)]
+    for name in damaged:
+        (vault / name / "manifest.json").write_text("{}")
+    call("prune", "--from", vault, "--keep", 1)
+    assert {path.name for path in vault.iterdir()} == {of_weights[-1], of_audit[-1], damaged[-1]}
 
 
 # Not on this machine.

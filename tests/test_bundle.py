@@ -31,6 +31,22 @@ def test_weights_and_configuration_must_belong_together(tmp_path: Path) -> None:
         bundle.check(DEMO, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["Demo", "my model", "a: b", "x" * 65])
+def test_a_name_that_the_service_does_not_take_is_refused_here(tmp_path: Path, name: str) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / name)
+    with pytest.raises(ConfigError, match="rename it to small letters, digits"):
+        bundle.check(DEMO, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["20261122", "1.0", "null", "brains"])
+def test_every_name_that_passes_is_one_to_the_service(tmp_path: Path, name: str) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / name)
+    bundle.check(DEMO, tmp_path / name)
+    (tmp_path / "bundle").mkdir()
+    bundle.add_models(tmp_path / "bundle", DEMO, tmp_path / name)
+    assert list(read_models(tmp_path / "bundle/models.yaml").models) == [name]
+
+
 def test_of_the_weights_folder_only_what_is_published_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, folder = tmp_path / "brains", tmp_path / "bundle"
     shutil.copytree(WEIGHTS, weights)
@@ -38,7 +54,7 @@ def test_of_the_weights_folder_only_what_is_published_travels(tmp_path: Path, mo
         (weights / private).write_text("names of cases")
     (folder / "app").mkdir(parents=True)
     bundle.add_models(folder, DEMO, weights)
-    assert {path.name for path in (folder / "models").iterdir()} == {AUTOENCODER, UNET, "README.md"}
+    assert {path.name for path in (folder / "models").iterdir()} == set(bundle.PUBLISHED)
     monkeypatch.chdir(folder / "app")
     models = read_models(folder / "models.yaml")
     assert "brains" in str(models)

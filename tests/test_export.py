@@ -240,16 +240,18 @@ def test_wrong_arguments(copy: Path, option: tuple[str, str], monkeypatch: pytes
     assert "is not a whole number from" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [0.9, 1.1])
+@pytest.mark.parametrize(
+    ("wrong", "said"), [(0.9, "make another volume"), (1.1, "make another volume"), (1e300, "NaN or infinity")]
+)
 def test_an_export_that_makes_something_else_is_not_kept(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float, said: str
 ) -> None:
     steps = sampling_steps(RFlowSchedule(type="rflow"), "rflow", 2)
     monkeypatch.setattr(exporting, "sampling_steps", lambda *_: [s | {"add": s["add"] * wrong} for s in steps])
     monkeypatch.setattr(
         exporting, "_save", lambda _, __, path: Path(shutil.copyfile(exported / "exported" / path.name, path))
     )
-    with pytest.raises(WeightsError, match="make another volume"):
+    with pytest.raises(WeightsError, match=said):
         export(exported / "weights", tmp_path, steps=2)
     assert not (tmp_path / CARD).exists()
 

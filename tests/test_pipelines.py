@@ -278,6 +278,18 @@ class TestRegister:
         assert (registry.folder / "training/weights/metrics.json").is_file()
         assert self.run(monkeypatch, chain)["champion"] == "1"
 
+    def test_figures_that_are_not_said_to_be_the_models_promote_nothing(self, monkeypatch, chain, registry):
+        describe("metrics", "m-metrics", "3", chain["metrics"], [])
+        with pytest.raises(DataError, match=r"does not name m-diffusion:3@.*: another model was evaluated"):
+            self.run(monkeypatch, chain)
+        assert not registry.versions
+
+    @pytest.mark.parametrize("folder", ["model", "metrics"])
+    def test_a_folder_of_another_kind_is_refused(self, monkeypatch, chain, registry, folder):
+        with pytest.raises(DataError, match="not the only"):
+            self.run(monkeypatch, chain, f"--{folder}", chain["autoencoder"])
+        assert not registry.versions
+
     def test_a_registry_that_does_not_answer_is_no_missing_champion(self, monkeypatch, chain, registry):
         registry.fails = "TEMPORARILY_UNAVAILABLE"
         with pytest.raises(UserError, match="the registry does not answer: TEMPORARILY_UNAVAILABLE"):

@@ -114,6 +114,16 @@ class TestComparison:
         metric["value"] += sign * 2 * metric["standard_error"]
         assert judged(candidate).promote
 
+    @pytest.mark.parametrize("figure", list(JUDGED))
+    def test_rubbish_among_the_samples_is_no_excuse_for_itself(self, judged, figure):
+        """As it makes the figure worse, it makes its error larger too: here so large that all would be within it."""
+        candidate = content()
+        metric = candidate["metrics"][figure]
+        sign = -1 if metric["value"] < 1 and metric["direction"] == "1 is like real" else 1
+        metric["value"] += sign * 8 * metric["standard_error"]
+        metric["standard_error"] *= 20
+        assert f"keep: {figure} is worse than the champion's" in judged(candidate).reasons
+
     @pytest.mark.parametrize(
         ("place", "value", "named"),
         [
@@ -190,6 +200,30 @@ class TestSanity:
         del candidate["metrics"]["kid"]["standard_error"]
         with pytest.raises(DataError, match="kid has no standard error"):
             judged(candidate)
+
+    @pytest.mark.parametrize(
+        ("place", "value", "message"),
+        [
+            (("metrics", "kid", "references", "mean_image"), 1e999, "holds Infinity"),
+            (("metrics", "kid", "standard_error"), -1.0, "standard_error: Input should be greater"),
+            (("nearest_training_volumes",), [], "nearest training volume of 0 of 32 samples"),
+        ],
+    )
+    def test_figures_that_cannot_be_are_an_error_never_a_pass(self, judged, place, value, message):
+        candidate = content()
+        at = candidate
+        for key in place[:-1]:
+            at = at[key]
+        at[place[-1]] = value
+        with pytest.raises(DataError, match=message):
+            judged(candidate, None)
+
+    def test_a_number_too_large_for_json_is_no_reference(self, tmp_path):
+        (tmp_path / "c.json").write_text(
+            (REAL / "a.json").read_text().replace('"mean_image": 57', '"mean_image": 1e999, "x": 57')
+        )
+        with pytest.raises(DataError, match="has no reference 'mean_image'"):
+            decide(read_metrics(tmp_path / "c.json"), None)
 
     @pytest.mark.parametrize(("figure", "of"), [("kid", "synthetic"), ("kid", "real"), ("copies", "held_out")])
     def test_too_few_volumes_are_an_error(self, judged, figure, of):

@@ -80,7 +80,9 @@ def parse() -> argparse.Namespace:
     back.add_argument("--to", type=Path, required=True, metavar="FOLDER")
     back.add_argument("--overwrite", action="store_true", help="the folder need not be empty; replace what is in it")
     for command, needed in ((made, False), (old, True)):
-        command.add_argument("--keep", type=int, required=needed, metavar="N", help="the newest N stay, however old")
+        command.add_argument(
+            "--keep", type=int, required=needed, metavar="N", help="the newest N of the same sources stay, however old"
+        )
         command.add_argument("--keep-days", type=float, default=0, metavar="D", help="so do those of the last D days")
     args = parser.parse_args()
     keep = getattr(args, "keep", None)
@@ -101,7 +103,7 @@ def create(vault: Vault, args: argparse.Namespace) -> int:
     names = [source.resolve().name for source in args.sources]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"--from: two sources are called {twice}, and nobody could tell them apart")
-    known = _known_ends(vault)
+    known = _known_ends(vault, names)
     backup, sources, suspicions = new_name(now), [], []
     with ExitStack() as stack:
         opened = [stack.enter_context(snapshot(source, args.with_keys)) for source in args.sources]
@@ -138,15 +140,22 @@ def _save(vault: Vault, backup: str, file: OpenFile) -> SavedFile:
     return SavedFile(path=file.path, size=file.size, sha256=digest, private=file.status.st_mode & 0o077 == 0)
 
 
-def _known_ends(vault: Vault) -> dict[tuple[str, str], str]:
-    """Where each audit log ended in the newest backup: hash by source and folder."""
-    names = vault.names()
-    try:
-        sources = vault.content(names[-1]).sources if names else ()
-    except DataError as error:  # no reason to have no new backup
-        warn(f"warning: {error}")
-        sources = ()
-    return {(source.name, end.folder): end.last_hash for source in sources for end in source.audit_logs if end.entries}
+def _known_ends(vault: Vault, sources: list[str]) -> dict[tuple[str, str], str]:
+    """Where each audit log ended in the newest backup of its source that can be read: hash by source and folder.
+
+    That need not be the newest of all: others may save other sources there, and it may be damaged.
+    """
+    found: dict[str, Source] = {}
+    for name in reversed(vault.names()):
+        if all(source in found for source in sources):
+            break
+        try:
+            for source in vault.content(name).sources:
+                found.setdefault(source.name, source)
+        except (ConfigError, DataError) as error:  # no reason to have no new backup
+            warn(f"warning: {error}")
+    ends = [(name, end) for name, source in found.items() for end in source.audit_logs]
+    return {(name, end.folder): end.last_hash for name, end in ends if end.entries}
 
 
 def _suspicions(name: str, logs: dict[str, tuple[str, Findings]], known: dict[tuple[str, str], str]) -> list[str]:

@@ -127,8 +127,11 @@ class Vault:
     def prune(self, keep: int, keep_days: float, now: datetime) -> list[str]:
         """Remove old backups, and what was never finished.
 
+        Backups of other sources do not count: hourly ones of the audit log must not push out the weights. Damaged ones
+        are counted by themselves.
+
         Args:
-            keep: so many of the newest stay, however old.
+            keep: so many of the newest of the same sources stay, however old.
             keep_days: so do those that are younger.
             now: the time.
 
@@ -137,7 +140,11 @@ class Vault:
         """
         listed = self._listed()
         whole = sorted(name for name in listed if MANIFEST in listed[name])
-        old = [name for name in whole[: max(0, len(whole) - keep)] if time_of(name) < now - timedelta(days=keep_days)]
+        alike: dict[frozenset[str], list[str]] = {}
+        for name in whole:
+            alike.setdefault(self._saved(name), []).append(name)
+        more = [name for names in alike.values() for name in names[: max(0, len(names) - keep)]]
+        old = [name for name in more if time_of(name) < now - timedelta(days=keep_days)]
         left = [name for name in listed if name not in whole and time_of(name) < now - UNFINISHED]
         for name in sorted(old + left):
             for file in sorted(
@@ -149,6 +156,13 @@ class Vault:
                 with suppress(OSError):
                     Path(self._root, name).rmdir()
         return sorted(old + left)
+
+    def _saved(self, name: str) -> frozenset[str]:
+        """Names of a backup's sources; none where its manifest is damaged."""
+        try:
+            return frozenset(source.name for source in self.content(name).sources)
+        except (ConfigError, DataError):
+            return frozenset()
 
     def _listed(self) -> dict[str, set[str]]:
         """Files by the backup that they are in."""

@@ -14,12 +14,15 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from ldm3d import __version__
 from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard, DiffusionCard, read_card
 from ldm3d.config import load_config
 from ldm3d.console import log
 from ldm3d.errors import ConfigError, UserError, WeightsError
 from ldm3d.files import atomic_path, require_writable, sha256, write_text
+from mlops.api.schemas import ModelName
 from mlops.commands import Parser, run_command
 
 HERE = Path(__file__).parent
@@ -36,7 +39,7 @@ ENVIRONMENT = {
 }
 MODELS = """\
 models:
-  {name}:
+  "{name}":
     versions:
       "1": {{weights: ../models}}
 """
@@ -87,6 +90,13 @@ def check(config_file: Path, model_dir: Path) -> None:
         raise WeightsError(f"{model_dir / UNET}: was trained on the latents of another {AUTOENCODER}")
     if (first.definition, second.definition) != (cfg.autoencoder_def, cfg.diffusion_def):
         raise ConfigError(f"{config_file}: describes other networks than the weights in {model_dir}")
+    try:
+        TypeAdapter(ModelName).validate_python(model_dir.resolve().name)
+    except ValidationError as error:
+        raise ConfigError(
+            f"--model-dir {model_dir}: the service calls the model as its folder is called: rename it to small "
+            "letters, digits and . _ - without spaces"
+        ) from error
 
 
 def add_code(folder: Path) -> None:

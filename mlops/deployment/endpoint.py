@@ -18,7 +18,7 @@ import yaml  # type: ignore[import-untyped]
 from ldm3d.errors import ConfigError, WeightsError
 from mlops.commands import Parser, run_command
 from mlops.pipelines.settings import ROOT, Strict, WorkspaceSettings, read_settings
-from mlops.pipelines.workspace import connect
+from mlops.pipelines.workspace import azure_errors, connect
 
 CONFIG = Path(__file__).with_name("deployment_config.yml")
 COLORS = ("blue", "green")
@@ -179,16 +179,17 @@ def main() -> int:
         print(json.dumps(autoscale_parameters(config, args.environment, workspace.workspace, args.color), indent=2))
         return 0
     endpoint = Endpoint(connect(workspace), f"{config.endpoint['name']}-{args.environment}")
-    if args.action == "deploy":
-        endpoint.deploy(
-            endpoint_entity(config, args.environment, workspace.private, args.identity),
-            deployment_entity(config, args.environment, args.color, args.model),
-        )
-    elif args.action == "traffic":
-        endpoint.move(args.color, args.percent)
-    elif args.action == "remove":
-        endpoint.remove(args.color)
-    print(json.dumps({"endpoint": endpoint.name, "traffic": endpoint.traffic()}))
+    with azure_errors(f"{args.action} failed"):
+        if args.action == "deploy":
+            endpoint.deploy(
+                endpoint_entity(config, args.environment, workspace.private, args.identity),
+                deployment_entity(config, args.environment, args.color, args.model),
+            )
+        elif args.action == "traffic":
+            endpoint.move(args.color, args.percent)
+        elif args.action == "remove":
+            endpoint.remove(args.color)
+        print(json.dumps({"endpoint": endpoint.name, "traffic": endpoint.traffic()}))
     return 0
 
 

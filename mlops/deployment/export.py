@@ -104,10 +104,13 @@ def export(model_dir: Path, output: Path, scheduler: str | None = None, steps: i
         },
     }
     write_text(output / CARD, json.dumps(card, indent=2, allow_nan=False) + "\n")
-    difference = compare(sampler, output, name, count)
-    if not difference <= LARGEST_DIFFERENCE:
+    try:
+        difference = compare(sampler, output, name, count)
+        if not difference <= LARGEST_DIFFERENCE:
+            raise WeightsError(f"{output}: the exported networks make another volume, {difference:.2g} apart; not kept")
+    except BaseException:  # without its card nobody takes the folder for an export
         (output / CARD).unlink()
-        raise WeightsError(f"{output}: the exported networks make another volume, {difference:.2g} apart; not kept")
+        raise
     return difference
 
 

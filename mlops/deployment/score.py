@@ -134,8 +134,11 @@ scorer: Scorer | None = None
 def init() -> None:
     """Load the weights, once for each worker of the server. Where it raises, the deployment fails and says why."""
     global scorer
+    folder = os.environ.get(MODEL_DIR)
+    if not folder:  # else the current folder would be searched, and what lies in it served
+        raise WeightsError(f"{MODEL_DIR} is not set: it must name the folder with the model")
     keep_freed_memory()
-    scorer = Scorer(Path(os.environ.get(MODEL_DIR, "")), Limits())
+    scorer = Scorer(Path(folder), Limits())
     log.info("serving %s on %s", scorer.model[:12], scorer.sampler.device)
 
 

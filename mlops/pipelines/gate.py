@@ -25,6 +25,8 @@ FALSE_ALARM = 0.05
 """How often equal models may be told apart, over all figures together."""
 LIKE_REAL = (0.5, 2.0)
 """Of a mean over samples that is 1 for real volumes: beyond this they are fog, or noise."""
+NOISIER = 2.0
+"""A candidate may vary so many times as much as the champion: rubbish among its samples must not be its own excuse."""
 COPY = 0.5
 """A sample nearer to a training volume than this share of the nearest held-out volume's distance is a copy of it."""
 COPIES_BY_CHANCE = 0.01
@@ -113,7 +115,7 @@ def decide(candidate: Metrics, champion: Metrics | None) -> Decision:
 def _compare(name: str, candidate: Metrics, champion: Metrics) -> Comparison:
     """Both were measured against the same real volumes, so only the choice of samples is chance."""
     one, other, distance = candidate.figure(name), champion.figure(name), JUDGED[name]
-    error = math.hypot(one.standard_error, other.standard_error)
+    error = math.hypot(min(one.standard_error, NOISIER * other.standard_error), other.standard_error)
     return Comparison(name, distance(one), distance(other), _quantile(one) * error)
 
 
@@ -147,7 +149,11 @@ def _senseless(metrics: Metrics) -> list[str]:
 
 
 def _copies(metrics: Metrics) -> list[str]:
-    figure = metrics.figure("copies", needs_error=False)
+    figure, looked_at = metrics.figure("copies", needs_error=False), len(metrics.nearest_training_volumes)
+    if looked_at != figure.n["synthetic"]:
+        raise DataError(
+            f"{metrics.path}: tells the nearest training volume of {looked_at} of {figure.n['synthetic']} samples"
+        )
     nearest_real, closer = figure.reference("real_min"), int(figure.reference("closer_than_real_min"))
     reasons = [
         f"keep: {sample.sample} is a copy of {sample.nearest}: relative distance {sample.relative_distance:.2f}, no "

@@ -1,10 +1,11 @@
 """metrics.json of evaluate.py, read so that nothing missing or not finite gets through."""
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldm3d.errors import DataError
 
@@ -18,7 +19,7 @@ class _Read(BaseModel):
 
 class _Figure(_Read):
     value: float | None
-    standard_error: float | None = None
+    standard_error: Annotated[float, Field(ge=0)] | None = None
     n: dict[str, int]
     how: str
     references: dict[str, Any] = {}
@@ -75,7 +76,8 @@ class Figure:
 
     def reference(self, name: str) -> float:
         value = self._references.get(name)
-        if not isinstance(value, int | float):
+        # JSON's 1e999 is an infinity that its parser lets through.
+        if not isinstance(value, int | float) or not math.isfinite(value):
             raise DataError(f"{self._place} has no reference {name!r}; run evaluate.py again")
         return value
 

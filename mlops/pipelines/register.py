@@ -20,7 +20,7 @@ from ldm3d.files import sha256, write_text
 from mlops.api.registry import CLIENT, SUFFIX, URI
 from mlops.commands import Parser, run_command
 from mlops.pipelines.gate import decide
-from mlops.pipelines.lineage import verify
+from mlops.pipelines.lineage import Lineage, Record, read_lineage, verify
 from mlops.pipelines.metrics_file import Metrics, read_metrics
 from mlops.pipelines.workspace import connect_from_job, tag_assets
 
@@ -118,6 +118,7 @@ class Registry:
 def register(args: argparse.Namespace) -> str:
     """What became of the candidate, as a line."""
     lineages = verify([*args.assets, args.model, args.metrics])
+    _require_measured(lineages, args)
     registry, candidate = Registry(args.name), read_metrics(args.metrics / METRICS)
     try:
         champion = registry.champion()
@@ -136,6 +137,19 @@ def register(args: argparse.Namespace) -> str:
         return f"{registry.model}: version {version} is the {ALIAS} now"
     except registry._mlflow.exceptions.MlflowException as error:
         raise WeightsError(f"the registry does not answer: {(str(error).splitlines() or [''])[0][:200]}") from error
+
+
+def _require_measured(lineages: dict[str, Lineage], args: argparse.Namespace) -> None:
+    """Raises `DataError` where the figures are not said to be this model's: those of another could promote it."""
+    model, metrics = lineages.get("diffusion"), lineages.get("metrics")
+    if model is None or read_lineage(args.model) != model:
+        raise DataError(f"{args.model}: is no diffusion model of a pipeline, or not the only one")
+    if metrics is None or read_lineage(args.metrics) != metrics:
+        raise DataError(f"{args.metrics}: holds no metrics of a pipeline, or not the only ones")
+    if model.digest not in {parent.digest for parent in metrics.parents}:
+        raise DataError(
+            f"{args.metrics}: its lineage does not name {Record.__str__(model)}: another model was evaluated"
+        )
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from ldm3d.errors import ConfigError
 from mlops.commands import Parser, run_command
 from mlops.pipelines.settings import ROOT, PipelineSettings, WorkspaceSettings, read_settings
-from mlops.pipelines.workspace import NOT_INSTALLED, connect
+from mlops.pipelines.workspace import NOT_INSTALLED, azure_errors, connect
 
 COMPONENTS = Path(__file__).parent / "components"
 STEPS = ("prepare", "autoencoder", "diffusion", "evaluate", "register")
@@ -109,7 +109,9 @@ def main() -> int:
     workspaces = read_settings(args.workspaces, WorkspaceSettings).workspaces
     if args.environment not in workspaces:
         raise ConfigError(f"--environment {args.environment}: {args.workspaces} knows {', '.join(workspaces)}")
-    made = connect(workspaces[args.environment]).jobs.create_or_update(job)
+    client = connect(workspaces[args.environment])
+    with azure_errors("the job was not started"):
+        made = client.jobs.create_or_update(job)
     print(f"{made.name}\n{made.studio_url}")
     return 0
 

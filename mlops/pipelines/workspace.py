@@ -4,7 +4,8 @@ Who may do what is decided by the identity: a person's login, or the managed ide
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ldm3d.errors import ConfigError
@@ -55,13 +56,20 @@ def tag_assets(client: Any, lineages: "Iterable[Lineage]") -> None:
     Raises:
         ConfigError: the workspace lacks an asset, or does not let it be tagged.
     """
-    from azure.core.exceptions import AzureError
-
     for lineage in lineages:
-        try:
+        with azure_errors(f"data asset {lineage.name}:{lineage.version} cannot be tagged"):
             asset = client.data.get(lineage.name, lineage.version)
             asset.tags = {**(asset.tags or {}), **lineage.tags()}
             client.data.create_or_update(asset)
-        except AzureError as error:
-            reason = (str(error).splitlines() or [""])[0][:200]
-            raise ConfigError(f"data asset {lineage.name}:{lineage.version} cannot be tagged: {reason}") from error
+
+
+@contextmanager
+def azure_errors(failed: str) -> Iterator[None]:
+    """Raises `ConfigError`, with `failed` before it, for what Azure answers or the login lacks."""
+    from azure.core.exceptions import AzureError
+
+    try:
+        yield
+    except AzureError as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ConfigError(f"{failed}: {reason}") from error

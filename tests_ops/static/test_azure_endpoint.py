@@ -11,6 +11,8 @@ from arm import Template, read_json
 from programs import ROOT
 
 from ldm3d.errors import ConfigError, WeightsError
+from mlops.commands import run_command
+from mlops.deployment import endpoint as command
 from mlops.deployment.endpoint import (
     COLORS,
     Endpoint,
@@ -121,3 +123,27 @@ def test_a_deployment_that_does_not_answer_gets_no_traffic(answer: str) -> None:
     with pytest.raises(WeightsError, match="its traffic was not changed"):
         Endpoint(client, "ldm3d-dev").deploy(*entities("blue"))
     assert client.endpoint.traffic == {}
+
+
+@pytest.mark.parametrize("action", ["show", "traffic", "deploy", "remove"])
+def test_what_azure_refuses_is_said_in_one_line(
+    action: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from azure.core.exceptions import HttpResponseError
+
+    def refused(*_: object, **__: object) -> None:
+        raise HttpResponseError("(Forbidden) not you\nand much more")
+
+    client = StubClient()
+    for operations in (client.online_endpoints, client.online_deployments):
+        vars(operations).update(dict.fromkeys(vars(operations), refused))
+    monkeypatch.setattr(command, "connect", lambda workspace: client)
+    more = {
+        "traffic": ["--color", "blue", "--percent", "100"],
+        "deploy": ["--color", "blue", "--model", "m:1", "--identity", IDENTITY],
+        "remove": ["--color", "blue"],
+    }
+    monkeypatch.setattr("sys.argv", ["endpoint", action, *more.get(action, [])])
+    with pytest.raises(SystemExit) as ended:
+        run_command(command.main)
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {action} failed: (Forbidden) not you\n")
