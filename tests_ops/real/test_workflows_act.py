@@ -329,7 +329,8 @@ def test_the_linters_job_of_ci_lints(tmp_path: Path) -> None:
     place = Place(tmp_path)
     for name in ("Makefile", "pyproject.toml", "mlops/remote.py", "requirements-service.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, place.repository / name)
-    shutil.rmtree(place.repository / "mlops/pipelines")
+    for name in ("pipelines", "deployment"):  # what imports more of the project than there is here
+        shutil.rmtree(place.repository / "mlops" / name)
     (place.repository / ".venv").symlink_to((ROOT / ".venv").resolve())
     words = ("push", "-e", event(place, {"ref": "refs/heads/main"}), "-W", ".github/workflows/ci.yml", "-j", "lint")
     done = place.act(*words)
