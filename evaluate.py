@@ -45,7 +45,7 @@ def main() -> None:
     if args.real:
         env = env.model_copy(update={"data_base_dir": args.real})
     synthetic = synthetic_volumes(args.synthetic, cfg, args.limit)
-    prepared = prepare_data(cfg, env)
+    prepared = prepare_data(cfg, env, remember_split=False)
     training = real_volumes(prepared, prepared.split.train, cfg)
     held_out = prepared.split.validation[: args.limit]
     reference = real_volumes(prepared, held_out, cfg)

@@ -116,7 +116,7 @@ def load_tutorial_sampler(cfg: Config, env: Environment, given: float | None, de
     if given is not None:
         log(f"tutorial weights from {env.model_dir}; scale factor {given:g} as given")
         return tutorial_sampler(env.model_dir, cfg, autoencoder, given, device)
-    data = prepare_data(cfg, env)
+    data = prepare_data(cfg, env, remember_split=False)
     cases = data.split.train[:SCALE_VOLUMES]
     volumes = PatchDataset(data.cache, cases, cfg.diffusion_train.patch_size)
     images = (volumes[i]["image"] for i in range(len(cases)))

@@ -41,10 +41,11 @@ class Prepared:
         return hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
 
 
-def prepare_data(cfg: Config, env: Environment) -> Prepared:
+def prepare_data(cfg: Config, env: Environment, remember_split: bool = True) -> Prepared:
     """Find, check, prepare and split the data set; all ranks call this together.
 
-    The split is kept in `model_dir/split.json`, so that no stage ever trains on what another validates with.
+    The split is kept in `model_dir/split.json`, so that no stage ever trains on what another validates with. Who trains
+    nothing keeps to it and leaves `remember_split` off: what was not trained on has no side in that folder.
 
     Raises:
         DataError: no data, damaged cases, too few cases; on every rank.
@@ -54,7 +55,7 @@ def prepare_data(cfg: Config, env: Environment) -> Prepared:
     cache = VolumeCache(cache_folder(env.data_base_dir, cfg.data), cfg.spacing)
     cases = cache.build(cases, cfg.data.on_error)
     store = env.model_dir / "split.json"
-    split = on_main(lambda: split_cases(cases, cfg.data.val_fraction, cfg.data.split_seed, store))
+    split = on_main(lambda: split_cases(cases, cfg.data.val_fraction, cfg.data.split_seed, store, remember_split))
     log(
         f"{env.data_base_dir}: {len(cases)} cases of {CHANNELS[cfg.channel]}, "
         f"{len(split.train)} to train on, {len(split.validation)} to validate with"

@@ -20,7 +20,9 @@ class Split:
     validation: tuple[Case, ...]
 
 
-def split_cases(cases: Sequence[Case], val_fraction: float, seed: int, store: Path | None = None) -> Split:
+def split_cases(
+    cases: Sequence[Case], val_fraction: float, seed: int, store: Path | None = None, remember: bool = True
+) -> Split:
     """Hold out about `val_fraction` of the cases, at least one and never all.
 
     A case's side is what its `split` attribute says, else what `store` remembers of it; as many of the others are
@@ -28,7 +30,8 @@ def split_cases(cases: Sequence[Case], val_fraction: float, seed: int, store: Pa
     names and seed alone, and with a store no case ever changes sides when others come or go.
 
     Args:
-        store: JSON file that keeps the split; written where it adds something. Only one process may call with it.
+        store: JSON file that keeps the split. Only one process may call with it.
+        remember: whether to write to the store what it does not have.
 
     Raises:
         DataError: fewer than two cases, one side empty, or a store that is damaged.
@@ -43,7 +46,7 @@ def split_cases(cases: Sequence[Case], val_fraction: float, seed: int, store: Pa
     held_out = max(0, wanted - sum(side == "validation" for side in sides.values()))
     sides |= {name: "validation" if number < held_out else "train" for number, name in enumerate(free)}
     split = Split(*(_side(cases, sides, side, store) for side in ("train", "validation")))
-    if store and not sides.items() <= remembered.items():
+    if store and remember and not sides.items() <= remembered.items():
         _remember(store, remembered, sides, seed, val_fraction)
     return split
 

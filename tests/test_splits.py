@@ -36,6 +36,16 @@ def test_it_depends_on_names_and_seed_alone() -> None:
     assert split_cases(many(50), 0.2, 1) != split
 
 
+def test_who_only_looks_leaves_the_store_alone(tmp_path: Path) -> None:
+    store = tmp_path / "split.json"
+    looked = split_cases(many(10), 0.2, 0, store, remember=False)
+    assert not store.exists()
+    assert split_cases(many(10), 0.2, 0, store) == looked
+    before = store.read_bytes()
+    split_cases(many(20), 0.2, 0, store, remember=False)
+    assert store.read_bytes() == before
+
+
 def test_adding_a_case_does_not_reshuffle() -> None:
     before = held_out(split_cases(many(50), 0.2, 0))
     for added in range(50, 80):
