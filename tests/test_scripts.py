@@ -17,11 +17,13 @@ from scripts import CONFIG, NUM_CASES, NUM_TRAIN, STEPS_PER_EPOCH, Desk, Result,
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import equal_states
 
+from ldm3d.cases import find_cases
 from ldm3d.config import load_config
 from ldm3d.files import sha256
 from ldm3d.networks import build_autoencoder, build_unet
 from ldm3d.nifti import read_volume, spacing_of
 from ldm3d.reference_profile import read_profile
+from ldm3d.splits import split_cases
 
 STAGE_1, STAGE_2, STAGE_3 = "train_autoencoder.py", "train_diffusion.py", "inference.py"
 SECTION = {STAGE_1: "autoencoder_train", STAGE_2: "diffusion_train"}
@@ -386,11 +388,10 @@ def expected_scale_factor(desk: Desk) -> float:
     cfg = load_config(desk.config)
     network = build_autoencoder(cfg.autoencoder_def)
     network.load_state_dict(torch.load(desk.model / "autoencoder.pt", weights_only=True))
-    held_out = json.loads((desk.model / "split.json").read_text())["validation"]
-    images = sorted((desk.data / "Task01_BrainTumour" / "imagesTr").glob("*.nii.gz"))
+    cases = find_cases(desk.data, cfg.data, cfg.channel)
     random, drawn = np.random.default_rng(0), []
-    for path in (p for p in images if p.name.split(".")[0] not in held_out):
-        volume = read_volume(path, 0)[0]
+    for case in split_cases(cases, cfg.data.val_fraction, cfg.data.split_seed).train:
+        volume = read_volume(case.image, 0)[0]
         scaled = np.clip(volume / np.percentile(volume, 99.5), 0, 1).astype(np.float32)
         with torch.no_grad():
             mean, sigma = network.eval().encode(torch.from_numpy(scaled)[None, None])
