@@ -252,6 +252,8 @@ def valid(github: Path) -> str:
     for schema, files in (
         ("vendor.github-workflows", sorted((github / "workflows").glob("*.yml"))),
         ("vendor.dependabot", [github / "dependabot.yml"]),
+        ("vendor.github-issue-forms", sorted((github / "ISSUE_TEMPLATE").glob("[!c]*.yml"))),
+        ("vendor.github-issue-config", [github / "ISSUE_TEMPLATE" / "config.yml"]),
     ):
         done = run(tool("check-jsonschema"), "--builtin-schema", schema, *files)
         found += done.stdout if done.returncode else ""
@@ -328,6 +330,8 @@ BROKEN = [
     ("schema", "ci.yml", "runs-on:", "run-on:", "run-on"),
     ("schema", "deploy.yml", "cancel-in-progress: false", "cancel: false", "concurrency"),
     ("schema", "../dependabot.yml", "package-ecosystem: pip", "package-ecosystem: pipp", "pipp"),
+    ("schema", "../ISSUE_TEMPLATE/bug.yml", "type: textarea", "type: text", "text"),
+    ("schema", "../ISSUE_TEMPLATE/config.yml", "blank_issues_enabled", "blank_issues", "blank_issues"),
 ]  # fmt: skip
 
 
