@@ -158,10 +158,8 @@ def share_out(
     results: list[list[T | DataError]] = [[] for _ in range(ranks)]
     with closing(_in_threads(function, cases[distributed.rank() :: ranks], description)) as outcomes:
         for _ in range(0, len(cases), ranks * _ROUND):
-            gathered = distributed.gather_objects(_next_round(outcomes))
-            fatal = [o for share in gathered for o in share if _is_fatal(o)]
-            if fatal:
-                raise fatal[0]
+            shares = distributed.gather_objects(_next_round(outcomes))
+            gathered = [[_or_raise(outcome) for outcome in share] for share in shares]
             for collected, share in zip(results, gathered, strict=True):
                 collected += share
             after_round([outcome for share in gathered for outcome in share])
@@ -172,13 +170,15 @@ def _next_round(outcomes: Iterator[T | UserError]) -> list[T | UserError]:
     batch = []
     for outcome in islice(outcomes, _ROUND):
         batch.append(outcome)
-        if _is_fatal(outcome):
+        if isinstance(outcome, UserError) and not isinstance(outcome, DataError):
             break
     return batch
 
 
-def _is_fatal(outcome: object) -> bool:
-    return isinstance(outcome, UserError) and not isinstance(outcome, DataError)
+def _or_raise(outcome: T | UserError) -> T | DataError:
+    if isinstance(outcome, DataError) or not isinstance(outcome, UserError):
+        return outcome
+    raise outcome
 
 
 def _in_threads(function: Callable[[Case], T], cases: Sequence[Case], description: str) -> Generator[T | UserError]:

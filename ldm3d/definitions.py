@@ -63,7 +63,8 @@ class AutoencoderDef(NetworkDef):
     @property
     def downsampling(self) -> int:
         """Voxels a side of the image for each voxel of the latent."""
-        return self.patchify * 2 ** (len(self.channels) - 1)
+        voxels: int = self.patchify * 2 ** (len(self.channels) - 1)
+        return voxels
 
 
 class DiscriminatorDef(Strict):
@@ -96,7 +97,8 @@ class DiffusionDef(NetworkDef):
     @property
     def downsampling(self) -> int:
         """Voxels a side of the latent for each voxel of the coarsest level."""
-        return 2 ** (len(self.channels) - 1)
+        voxels: int = 2 ** (len(self.channels) - 1)
+        return voxels
 
     @property
     def head_channels(self) -> tuple[int, ...]:

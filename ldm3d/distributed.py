@@ -4,13 +4,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ldm3d.errors import ConfigError
 from ldm3d.rendezvous import meeting_place
+
+T = TypeVar("T")
 
 
 def restarted() -> bool:
@@ -130,7 +132,7 @@ def all_max(values: Sequence[float]) -> list[float]:
     return largest.tolist()
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """`value` of every process, in order of rank."""
     if not dist.is_initialized():
         return [value]
@@ -139,7 +141,7 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: T) -> T:
     """Rank 0's `value`, on every process."""
     if not dist.is_initialized():
         return value

@@ -82,7 +82,8 @@ class AutoencoderLoss(nn.Module):
         """Loss of the discriminator: mean of its squared errors on fakes (target 0) and reals (target 1)."""
         fake = self.adversarial(verdict_fake.float(), target_is_real=False, for_discriminator=True)
         real = self.adversarial(verdict_real.float(), target_is_real=True, for_discriminator=True)
-        return 0.5 * (fake + real)
+        loss: Tensor = 0.5 * (fake + real)
+        return loss
 
 
 def load_perceptual(train: AutoencoderTrain) -> nn.Module | None:
@@ -93,7 +94,7 @@ def load_perceptual(train: AutoencoderTrain) -> nn.Module | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loss = PerceptualLoss(
+            loss: nn.Module = PerceptualLoss(
                 spatial_dims=3,
                 network_type=name,
                 is_fake_3d=not is_3d,

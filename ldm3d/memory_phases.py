@@ -225,7 +225,8 @@ class TracedDiffusion(TracedStage):
 
         def decode() -> Tensor:
             with sampler.precision.autocast():
-                return sampler.autoencoder.decode(sampler.statistics.restore(latent)).float()
+                volume: Tensor = sampler.autoencoder.decode(sampler.statistics.restore(latent)).float()
+                return volume
 
         with torch.inference_mode():
             return self.peak_of(decode)

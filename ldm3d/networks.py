@@ -18,7 +18,7 @@ from ldm3d.definitions import AutoencoderDef, DiffusionDef, DiscriminatorDef
 INITIAL_LOG_VARIANCE = -6.0
 
 
-class GivenNoiseAutoencoderKL(AutoencoderKL):
+class GivenNoiseAutoencoderKL(AutoencoderKL):  # type: ignore[misc]  # monai tells mypy no types
     """MONAI's `AutoencoderKL`, to which the noise of the posterior can be given.
 
     So the noise can be a function of the volume, not of the process that happens to compute it.
@@ -91,7 +91,8 @@ class PatchAutoencoderKL(GivenNoiseAutoencoderKL):
         return mean + self.project(x), sigma
 
     def _image(self, z: Tensor) -> Tensor:
-        return depth_to_space(super().decode(z), self.patchify) + self.unproject(z)
+        image: Tensor = depth_to_space(super().decode(z), self.patchify) + self.unproject(z)
+        return image
 
     @torch.no_grad()
     def start_with_principal_components(self, images: Tensor) -> None:
@@ -205,7 +206,8 @@ def _block_in_halves(block: Any, x: Tensor, embedding: Tensor | None = None) -> 
         h = h + block.time_emb_proj(F.silu(embedding))[:, :, None, None, None]
     h = _recomputed(partial(_half, block.norm2, block.conv2), h)
     shortcut = block.nin_shortcut if isinstance(block, AEKLResBlock) else block.skip_connection
-    return shortcut(x) + h
+    summed: Tensor = shortcut(x) + h
+    return summed
 
 
 def _half(norm: nn.Module, convolution: nn.Module, x: Tensor) -> Any:

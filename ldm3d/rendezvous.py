@@ -6,13 +6,15 @@ import uuid
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ldm3d.errors import ConfigError
 
 SECONDS_BETWEEN_LOOKS = 0.02
 
 
-def meeting_place(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def meeting_place(timeout: timedelta) -> tuple[Store, int, int]:
     """The store through which the processes find each other, this one's rank, and their number.
 
     torchrun keeps one store for all restarts. What processes that have died wrote there, their addresses, would be read
@@ -22,16 +24,16 @@ def meeting_place(timeout: timedelta) -> tuple[dist.Store, int, int]:
     Raises:
         ConfigError: not all processes came within `timeout`.
     """
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         try:
-            store = dist.PrefixStore(agree_on_name(store, rank, world, timeout), store)
+            store = PrefixStore(agree_on_name(store, rank, world, timeout), store)
         except dist.DistStoreError as error:
             raise ConfigError(f"not all {world} processes came within {timeout.total_seconds():g} s") from error
     return store, rank, world
 
 
-def agree_on_name(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
+def agree_on_name(store: Store, rank: int, world: int, timeout: timedelta) -> str:
     """A name that the processes alive share, and that no dead one has used.
 
     Each process says hello with a number that only it has; rank 0 answers to that number, until all have heard it. What
@@ -43,12 +45,12 @@ def agree_on_name(store: dist.Store, rank: int, world: int, timeout: timedelta) 
         store.set(f"name/{me}", me)
         _answer(store, me, set(range(1, world)), time.monotonic() + timeout.total_seconds())
     store.wait([f"name/{me}"], timeout)
-    name = store.get(f"name/{me}").decode()
+    name: str = store.get(f"name/{me}").decode()
     store.set(f"heard/{name}/{rank}", "yes")
     return name
 
 
-def _answer(store: dist.Store, name: str, missing: set[int], deadline: float) -> None:
+def _answer(store: Store, name: str, missing: set[int], deadline: float) -> None:
     while missing:
         if time.monotonic() > deadline:
             raise dist.DistStoreError(f"ranks {sorted(missing)} are missing")
