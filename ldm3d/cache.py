@@ -71,7 +71,7 @@ class VolumeCache:
             The usable cases, in the same order, the same on every rank.
 
         Raises:
-            DataError: as `check_cases` does.
+            DataError: as `ldm3d.checks.usable` does; on every rank.
             OutputError: the folder cannot be written to, or the disk is full.
         """
         self._files, self._saved_at = _read_index(self._index), time.monotonic()

@@ -49,11 +49,6 @@ class Plan:
     window: int = 0
     alone: bool = False
 
-    @property
-    def exact(self) -> bool:
-        """Equal to plain decoding but for rounding: at most 1e-4 in float32."""
-        return not self.window and not self.keep.half
-
     def __str__(self) -> str:
         if self.window:
             return f"blended windows of at most {self.window} latent voxels a side, not exact"

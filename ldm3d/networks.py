@@ -232,12 +232,3 @@ def compile_blocks(network: nn.Module, dynamic: bool | None = None) -> nn.Module
 
 def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
-
-
-def pad_to_multiple(volume: Tensor, factor: int) -> Tensor:
-    """Pad (..., X, Y, Z) with zeros on both sides so that each side is a multiple of `factor`."""
-    padding: list[int] = []
-    for n in reversed(volume.shape[-3:]):
-        missing = -n % factor
-        padding += [missing // 2, missing - missing // 2]
-    return F.pad(volume, padding)
