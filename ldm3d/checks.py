@@ -16,37 +16,19 @@ import numpy as np
 from ldm3d import distributed
 from ldm3d.cases import CHANNELS, Case
 from ldm3d.console import log, progress
+from ldm3d.definitions import VOXEL_SIZE_MM
 from ldm3d.errors import DataError, UserError
 from ldm3d.nifti import read_volume, spacing_of
 
 T = TypeVar("T")
 OnError = Literal["fail", "skip"]
 
-VOXEL_SIZE_MM = (0.1, 20.0)
 HIGHEST_LABEL = 4
 SMALLEST_CONTENT = 0.01  # share of the voxels that must stand out from the darkest value
 SHOWN = 20  # damaged cases that an error names
 MAX_THREADS = 16  # each holds a volume or two
 _ROUND = 64  # cases that a rank does between two meetings with the others: keeps the waits short
 _CHUNK = 1 << 20
-
-
-def check_cases(cases: Sequence[Case], on_error: OnError) -> list[Case]:
-    """Read every case, each rank its share, and find those that cannot be used.
-
-    `VolumeCache.build` makes the same check while it prepares the volumes; call this where nothing is prepared.
-
-    Returns:
-        The usable cases, in the same order, the same on every rank.
-
-    Raises:
-        DataError: on every rank; names every damaged case with its reason; with "skip" only if none is left.
-    """
-    return usable(cases, share_out(_reason, cases, "checking cases"), on_error)
-
-
-def _reason(case: Case) -> None:
-    examine(case)
 
 
 def examine(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -202,7 +184,11 @@ def num_threads() -> int:
 
 
 def usable(cases: Sequence[Case], outcomes: Sequence[object], on_error: OnError) -> list[Case]:
-    """The cases whose outcome is no `DataError`. Raises and logs as `check_cases` says."""
+    """The cases whose outcome is no `DataError`, in the same order; with "skip" a line says which were left out.
+
+    Raises:
+        DataError: names every damaged case with its reason; with "skip" only if no other is left.
+    """
     problems = [str(outcome) for outcome in outcomes if isinstance(outcome, DataError)]
     good = [case for case, outcome in zip(cases, outcomes, strict=True) if not isinstance(outcome, DataError)]
     if problems and (on_error == "fail" or not good):

@@ -10,6 +10,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Size = tuple[Positive, Positive, Positive]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+VOXEL_SIZE_MM = (0.1, 20.0)
+"""Voxels smaller or larger are no scan's: a mistyped spacing, or a header in another unit."""
+VoxelSize = Annotated[float, Field(ge=VOXEL_SIZE_MM[0], le=VOXEL_SIZE_MM[1])]
 
 
 class Strict(BaseModel):
