@@ -21,8 +21,11 @@ def main() -> None:
     if args.output:
         print(draw(rows, args.output))
         return
-    for path, cells in rows.items():
-        print(draw({path: cells}, Path(f"{stem_of(path)}.png")))
+    pictures = {Path(f"{stem_of(path)}.png"): path for path in rows}
+    if len(pictures) < len(rows):
+        raise ConfigError("two of the files have the same name, and would get one picture; draw all into one: --output")
+    for picture, path in pictures.items():
+        print(draw({path: rows[path]}, picture))
 
 
 def parse() -> argparse.Namespace:
@@ -64,7 +67,9 @@ def read_label(path: str, shape: tuple[int, ...], affine: np.ndarray) -> np.ndar
 
 
 def draw(rows: dict[str, list[Cell]], output: Path) -> Path:
-    montage({stem_of(path): cells for path, cells in rows.items()}, (1, 1, 1), output, per_line=2)
+    stems = [stem_of(path) for path in rows]
+    titles = stems if len({*stems}) == len(stems) else list(rows)
+    montage(dict(zip(titles, rows.values(), strict=True)), (1, 1, 1), output, per_line=2)
     return output
 
 

@@ -59,6 +59,18 @@ def test_pictures_of_every_kind_of_file(tmp_path, save, run):
     assert both.shape[0] > 1.5 * one.shape[0]
 
 
+def test_files_of_one_name_are_all_shown(tmp_path, save, run):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    files = [save(f"{folder}/t1.nii", np.random.default_rng(0).random(SHAPE)) for folder in ("a", "b")]
+    heights = [
+        run(*shown, "--output", "all.png")[0] or Image.open(tmp_path / "all.png").height for shown in (files[:1], files)
+    ]
+    assert heights[1] > 1.5 * heights[0]
+    status, _, shown = run(*files)
+    assert status == 2 and "would get one picture" in shown and not (tmp_path / "t1.png").exists()
+
+
 def test_label_and_channel(tmp_path, save, run):
     label = np.zeros(SHAPE)
     label[4:9, 5:12, 3:8] = 1
