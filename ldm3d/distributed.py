@@ -15,11 +15,6 @@ from ldm3d.rendezvous import meeting_place
 T = TypeVar("T")
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process again, after one of them had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def launched_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 

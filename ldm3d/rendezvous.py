@@ -6,12 +6,14 @@ import uuid
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ldm3d.errors import ConfigError
 
 SECONDS_BETWEEN_LOOKS = 0.02
+BEGUN = "ldm3d/begun"
 
 
 def meeting_place(timeout: timedelta) -> tuple[Store, int, int]:
@@ -25,12 +27,38 @@ def meeting_place(timeout: timedelta) -> tuple[Store, int, int]:
         ConfigError: not all processes came within `timeout`.
     """
     store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if _has_launch_store():
         try:
             store = PrefixStore(agree_on_name(store, rank, world, timeout), store)
         except dist.DistStoreError as error:
             raise ConfigError(f"not all {world} processes came within {timeout.total_seconds():g} s") from error
     return store, rank, world
+
+
+def begun_before() -> bool:
+    """Whether processes of this launch had begun to train, before torchrun started these in their place.
+
+    That it has started them again says less: those before may have failed before they touched anything. Only where
+    torchrun keeps no store (Windows) it has to do.
+    """
+    if _has_launch_store():
+        return _launch_store().check([BEGUN])
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def note_beginning() -> None:
+    """Tell those that torchrun may start later that this launch has begun to train; for one process to call."""
+    if _has_launch_store():
+        _launch_store().set(BEGUN, "yes")
+
+
+def _has_launch_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _launch_store() -> Store:
+    """The store that torchrun keeps from its start to its end, as one more client of it."""
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
 
 
 def agree_on_name(store: Store, rank: int, world: int, timeout: timedelta) -> str:
