@@ -8,7 +8,7 @@ import numpy as np
 import utils
 from ldm3d.errors import ConfigError, DataError
 from ldm3d.montage import Cell, montage, window
-from ldm3d.nifti import num_channels, read_volume, spacing_of, stem_of
+from ldm3d.nifti import apart_mm, num_channels, read_volume, spacing_of, stem_of
 
 MOST_CHANNELS = 8
 
@@ -61,8 +61,11 @@ def cell_of(path: str, channel: int, label_path: str | None) -> Cell:
 def read_label(path: str, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """The segmentation, if it lies on the volume's grid."""
     label, label_affine = read_volume(path)
-    if label.shape != shape or not np.allclose(label_affine, affine, atol=0.1):
+    if label.shape != shape:
         raise DataError(f"{path}: lies on another grid than the volume ({label.shape} against {shape})")
+    apart = apart_mm(shape, affine, label_affine)
+    if apart > min(spacing_of(affine)) / 2:
+        raise DataError(f"{path}: lies {apart:.3g} mm beside the volume")
     return label
 
 

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -18,7 +18,7 @@ from ldm3d.cases import CHANNELS, Case
 from ldm3d.console import log, progress
 from ldm3d.definitions import VOXEL_SIZE_MM
 from ldm3d.errors import DataError, UserError
-from ldm3d.nifti import read_volume, spacing_of
+from ldm3d.nifti import apart_mm, read_volume, spacing_of
 
 T = TypeVar("T")
 OnError = Literal["fail", "skip"]
@@ -108,8 +108,7 @@ def _check_label(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None
         raise DataError(f"{path}: labels must be whole numbers from 0 to {HIGHEST_LABEL}; these are {found}")
     if label.shape != shape:
         raise DataError(f"{path}: the label has shape {label.shape}, its image {shape}")
-    corners = np.array([(*corner, 1) for corner in product(*((0, n - 1) for n in shape))]).T
-    apart = float(np.linalg.norm(((affine - label_affine) @ corners)[:3], axis=0).max())
+    apart = apart_mm(shape, affine, label_affine)
     if apart > min(spacing_of(affine)) / 2:
         raise DataError(f"{path}: the label lies {apart:.3g} mm beside its image")
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,12 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     """Voxel size in mm along each axis of a volume with this (4, 4) affine."""
     x, y, z = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0))
     return float(x), float(y), float(z)
+
+
+def apart_mm(shape: Sequence[int], affine: np.ndarray, other: np.ndarray) -> float:
+    """How far at most two affines (4, 4) take a voxel of a grid (X, Y, Z) apart: at one of its corners, in mm."""
+    corners = np.array([(*corner, 1) for corner in product(*((0, n - 1) for n in shape))]).T
+    return float(np.linalg.norm(((affine - other) @ corners)[:3], axis=0).max())
 
 
 def stem_of(path: str | Path) -> str:

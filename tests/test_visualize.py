@@ -100,6 +100,7 @@ def test_too_many_channels_ask_for_a_choice(save, run):
         (["text.nii.gz"], "text.nii.gz: cannot be read as NIfTI"),
         (["good.nii.gz", "--channel", "3"], "good.nii.gz: has no channel 3"),
         (["good.nii.gz", "--label", "other.nii.gz"], "other.nii.gz: lies on another grid"),
+        (["good.nii.gz", "--label", "turned.nii.gz"], "turned.nii.gz: lies 1.52 mm beside the volume"),
         (["good.nii.gz", "other.nii.gz", "--label", "good.nii.gz"], "--label belongs to one volume"),
         ([], "FILE"),
     ],
@@ -108,6 +109,9 @@ def test_errors_are_one_line_and_status_2(tmp_path, save, run, arguments, compla
     (tmp_path / "text.nii.gz").write_text("hello")
     save("good.nii.gz", np.ones(SHAPE))
     save("other.nii.gz", np.ones((4, 4, 4)))
+    turned = np.eye(4)
+    turned[0, 1] = 0.08
+    save("turned.nii.gz", np.ones(SHAPE), turned)
     status, _, shown = run(*arguments)
     assert status == 2
     assert shown.startswith("error: ") and shown.count("\n") == 1
