@@ -75,10 +75,12 @@ class PatchAutoencoderKL(GivenNoiseAutoencoderKL):
         self.register_buffer("latent_scale", torch.ones(1, latent_channels, 1, 1, 1))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation (B, C, X / f, Y / f, Z / f) of images (B, 1, X, Y, Z) in [0, 1]."""
         mean, sigma = self._posterior(x)
         return mean * self.latent_scale, sigma * self.latent_scale
 
     def decode(self, z: Tensor) -> Tensor:
+        """Images (B, 1, X, Y, Z), near [0, 1] but not clipped, of latents as `encode` gives them."""
         return self._image(z / self.latent_scale)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -122,6 +122,7 @@ class EpochLog:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def averages(self) -> dict[str, float]:
+        """Mean of each value over the steps that had it; reading them waits for the device."""
         return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
 
     def terms(self) -> dict[str, float]:
