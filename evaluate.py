@@ -96,7 +96,9 @@ def synthetic_volumes(folder: Path, cfg: Config, limit: int | None) -> Volumes:
     """Generated volumes in the order of their numbers. Raises `DataError` where there are none."""
     # `synimg_1_10` comes after `synimg_1_2`: numbers in names are compared as numbers.
     in_order = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]  # noqa: E731
-    found = sorted((p for p in folder.glob("*.nii*") if p.name.endswith((".nii", ".nii.gz"))), key=in_order)[:limit]
+    # Hidden files are no volumes: macOS' attributes, and what a killed run had begun to write.
+    names = [path for path in folder.glob("[!.]*") if path.name.endswith((".nii", ".nii.gz"))]
+    found = sorted(names, key=in_order)[:limit]
     if not found:
         raise DataError(f"{folder}: has no .nii.gz or .nii files; generate some with inference.py")
     return Volumes([stem_of(path) for path in found], lambda i: read_synthetic(found[i], cfg))

@@ -5,8 +5,9 @@ python inference.py -c config/config_demo.json -e config/environment_demo.json -
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -32,6 +33,7 @@ from ldm3d.tutorial import (
 )
 from ldm3d.weights import check_definition, read_weights
 
+Number = TypeVar("Number", int, float)
 # Volumes whose latents give the scale factor of weights that do not know theirs.
 SCALE_VOLUMES = 16
 
@@ -83,14 +85,12 @@ def positive_float(text: str) -> float:
     return _number(text, float, 1e-12, 1e12, "a positive number")
 
 
-def _number(text: str, kind: Any, least: float, most: float, wanted: str) -> Any:
-    try:
+def _number(text: str, kind: type[Number], least: float, most: float, wanted: str) -> Number:
+    with suppress(ValueError):
         value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
+        if least <= value <= most:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
 
 def load_sampler(cfg: Config, env: Environment, scale_factor: float | None, device: torch.device) -> Sampler:

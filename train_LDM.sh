@@ -71,13 +71,12 @@ def look():
         args = utils.training_parser("").parse_args()
     cfg, env = utils.read_settings(args)
     find_cases(env.data_base_dir, cfg.data, cfg.channel)
-    print(torch.cuda.device_count(), env.model_dir)
+    print(torch.cuda.device_count())
 
 utils.run_script(look)
 '
-found=$("$python" -c "$look" "$root" -c "$config" -e "$environment" "$@")
-[[ $found ]] || exit 0 # -- --help
-read -r available model_dir <<<"$found"
+available=$("$python" -c "$look" "$root" -c "$config" -e "$environment" "$@")
+[[ $available ]] || exit 0 # -- --help
 [[ $gpus != all ]] || gpus=$available
 ((gpus <= available)) || fail "--gpus $gpus: this machine has $available GPU(s)"
 place="$gpus GPU(s)"
@@ -102,11 +101,8 @@ trap 'exit 130' INT
 
 run_stage train_autoencoder.py "$@"
 
-# An interrupted first stage leaves nothing that the second one could go on from.
-if [[ ! -e $model_dir/diffusion_last.pt ]]; then
-  for argument; do
-    shift
-    [[ $argument == --resume ]] || set -- "$@" "$argument"
-  done
-fi
+# An interrupted first stage leaves nothing that the second one could go on from. Of several --resume the last one counts.
+for argument; do
+  [[ $argument != --resume* ]] || set -- "$@" --resume auto
+done
 run_stage train_diffusion.py "$@"

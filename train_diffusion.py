@@ -11,8 +11,9 @@ import torch
 import utils
 from ldm3d import distributed
 from ldm3d.cards import AUTOENCODER, AutoencoderCard
+from ldm3d.cases import cache_folder
 from ldm3d.console import log
-from ldm3d.data import EpochSampler, Key, PatchDataset, Prepared, cache_folder, prepare_data
+from ldm3d.data import EpochSampler, Key, PatchDataset, Prepared, prepare_data
 from ldm3d.diffusion_stage import Batch, DiffusionStage
 from ldm3d.files import sha256
 from ldm3d.latents import LatentCache, build_latent_cache

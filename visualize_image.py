@@ -8,7 +8,7 @@ import numpy as np
 import utils
 from ldm3d.errors import ConfigError, DataError
 from ldm3d.montage import Cell, montage, window
-from ldm3d.nifti import num_channels, read_volume, spacing_of, stem_of
+from ldm3d.nifti import apart_mm, num_channels, read_volume, spacing_of, stem_of
 
 MOST_CHANNELS = 8
 
@@ -21,8 +21,11 @@ def main() -> None:
     if args.output:
         print(draw(rows, args.output))
         return
-    for path, cells in rows.items():
-        print(draw({path: cells}, Path(f"{stem_of(path)}.png")))
+    pictures = {Path(f"{stem_of(path)}.png"): path for path in rows}
+    if len(pictures) < len(rows):
+        raise ConfigError("two of the files have the same name, and would get one picture; draw all into one: --output")
+    for picture, path in pictures.items():
+        print(draw({path: rows[path]}, picture))
 
 
 def parse() -> argparse.Namespace:
@@ -58,13 +61,18 @@ def cell_of(path: str, channel: int, label_path: str | None) -> Cell:
 def read_label(path: str, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
     """The segmentation, if it lies on the volume's grid."""
     label, label_affine = read_volume(path)
-    if label.shape != shape or not np.allclose(label_affine, affine, atol=0.1):
+    if label.shape != shape:
         raise DataError(f"{path}: lies on another grid than the volume ({label.shape} against {shape})")
+    apart = apart_mm(shape, affine, label_affine)
+    if apart > min(spacing_of(affine)) / 2:
+        raise DataError(f"{path}: lies {apart:.3g} mm beside the volume")
     return label
 
 
 def draw(rows: dict[str, list[Cell]], output: Path) -> Path:
-    montage({stem_of(path): cells for path, cells in rows.items()}, (1, 1, 1), output, per_line=2)
+    stems = [stem_of(path) for path in rows]
+    titles = stems if len({*stems}) == len(stems) else list(rows)
+    montage(dict(zip(titles, rows.values(), strict=True)), (1, 1, 1), output, per_line=2)
     return output
 
 

@@ -121,7 +121,7 @@ class AutoencoderStage:
     def _verdict(self, reconstructed: Tensor) -> Tensor:
         """The discriminator's opinion, with gradients for the autoencoder only."""
         self.discriminator.requires_grad_(False)
-        verdict = self.discriminator(reconstructed)[-1]
+        verdict: Tensor = self.discriminator(reconstructed)[-1]
         self.discriminator.requires_grad_(True)
         return verdict
 

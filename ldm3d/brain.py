@@ -116,7 +116,8 @@ def brain_mask(volume: np.ndarray) -> np.ndarray:
     # Half of it: Otsu's own threshold can fall between tissue and a bright lesion.
     parts, count = ndimage.label(smooth > _otsu(smooth) / 2)
     sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-    return ndimage.binary_fill_holes(parts == 1 + sizes.argmax())
+    head: np.ndarray = ndimage.binary_fill_holes(parts == 1 + sizes.argmax())
+    return head
 
 
 def _otsu(values: np.ndarray) -> float:
@@ -139,7 +140,8 @@ def inside(volume: np.ndarray) -> dict[str, float]:
 def _depth(mask: np.ndarray) -> np.ndarray:
     """Distance of each voxel of the brain from its surface, in voxels."""
     padded = np.pad(mask, 1)  # a brain that touches the edge of the grid ends there
-    return ndimage.distance_transform_edt(padded)[1:-1, 1:-1, 1:-1]
+    depth: np.ndarray = ndimage.distance_transform_edt(padded)[1:-1, 1:-1, 1:-1]
+    return depth
 
 
 def _figures(volume: np.ndarray, depth: np.ndarray) -> dict[str, float]:

@@ -71,7 +71,7 @@ class VolumeCache:
             The usable cases, in the same order, the same on every rank.
 
         Raises:
-            DataError: as `check_cases` does.
+            DataError: as `ldm3d.checks.usable` does; on every rank.
             OutputError: the folder cannot be written to, or the disk is full.
         """
         self._files, self._saved_at = _read_index(self._index), time.monotonic()
@@ -174,7 +174,7 @@ class VolumeCache:
         path = self._path(key)
         try:
             with open(path, "rb") as file:
-                header = json.loads(file.read(HEADER_BYTES))
+                header: dict[str, Any] = json.loads(file.read(HEADER_BYTES))
                 size = file.seek(0, 2)
             expected = HEADER_BYTES + int(np.prod(header["shape"])) * _DTYPE.itemsize
         except FileNotFoundError:
@@ -217,7 +217,8 @@ class VolumeCache:
 
 def to_float(voxels: np.ndarray) -> np.ndarray:
     """Stored voxels as float32 in [0, 1]."""
-    return np.divide(voxels, ONE, dtype=np.float32)
+    volume: np.ndarray = np.divide(voxels, ONE, dtype=np.float32)
+    return volume
 
 
 def _read_index(path: Path) -> dict[str, _Identity]:

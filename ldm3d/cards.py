@@ -37,16 +37,22 @@ class WeightsCard(Strict):
 
 
 class AutoencoderCard(WeightsCard):
+    """Of `autoencoder.safetensors`."""
+
     definition: AutoencoderDef
     validation: dict[str, float] = Field(default_factory=dict)
     """Validation measures at the time of saving."""
 
 
 class DiscriminatorCard(WeightsCard):
+    """Of `discriminator.safetensors`, which only a training that goes on needs."""
+
     definition: DiscriminatorDef
 
 
 class DiffusionCard(WeightsCard):
+    """Of `diffusion_unet.safetensors`: with the autoencoder, all that sampling needs."""
+
     definition: DiffusionDef
     schedule: DdpmSchedule | RFlowSchedule = Field(discriminator="type")
     scale_factor: float

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -16,37 +16,19 @@ import numpy as np
 from ldm3d import distributed
 from ldm3d.cases import CHANNELS, Case
 from ldm3d.console import log, progress
+from ldm3d.definitions import VOXEL_SIZE_MM
 from ldm3d.errors import DataError, UserError
-from ldm3d.nifti import read_volume, spacing_of
+from ldm3d.nifti import apart_mm, read_volume, spacing_of
 
 T = TypeVar("T")
 OnError = Literal["fail", "skip"]
 
-VOXEL_SIZE_MM = (0.1, 20.0)
 HIGHEST_LABEL = 4
 SMALLEST_CONTENT = 0.01  # share of the voxels that must stand out from the darkest value
 SHOWN = 20  # damaged cases that an error names
 MAX_THREADS = 16  # each holds a volume or two
 _ROUND = 64  # cases that a rank does between two meetings with the others: keeps the waits short
 _CHUNK = 1 << 20
-
-
-def check_cases(cases: Sequence[Case], on_error: OnError) -> list[Case]:
-    """Read every case, each rank its share, and find those that cannot be used.
-
-    `VolumeCache.build` makes the same check while it prepares the volumes; call this where nothing is prepared.
-
-    Returns:
-        The usable cases, in the same order, the same on every rank.
-
-    Raises:
-        DataError: on every rank; names every damaged case with its reason; with "skip" only if none is left.
-    """
-    return usable(cases, share_out(_reason, cases, "checking cases"), on_error)
-
-
-def _reason(case: Case) -> None:
-    examine(case)
 
 
 def examine(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -126,8 +108,7 @@ def _check_label(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None
         raise DataError(f"{path}: labels must be whole numbers from 0 to {HIGHEST_LABEL}; these are {found}")
     if label.shape != shape:
         raise DataError(f"{path}: the label has shape {label.shape}, its image {shape}")
-    corners = np.array([(*corner, 1) for corner in product(*((0, n - 1) for n in shape))]).T
-    apart = float(np.linalg.norm(((affine - label_affine) @ corners)[:3], axis=0).max())
+    apart = apart_mm(shape, affine, label_affine)
     if apart > min(spacing_of(affine)) / 2:
         raise DataError(f"{path}: the label lies {apart:.3g} mm beside its image")
 
@@ -158,10 +139,8 @@ def share_out(
     results: list[list[T | DataError]] = [[] for _ in range(ranks)]
     with closing(_in_threads(function, cases[distributed.rank() :: ranks], description)) as outcomes:
         for _ in range(0, len(cases), ranks * _ROUND):
-            gathered = distributed.gather_objects(_next_round(outcomes))
-            fatal = [o for share in gathered for o in share if _is_fatal(o)]
-            if fatal:
-                raise fatal[0]
+            shares = distributed.gather_objects(_next_round(outcomes))
+            gathered = [[_or_raise(outcome) for outcome in share] for share in shares]
             for collected, share in zip(results, gathered, strict=True):
                 collected += share
             after_round([outcome for share in gathered for outcome in share])
@@ -172,13 +151,15 @@ def _next_round(outcomes: Iterator[T | UserError]) -> list[T | UserError]:
     batch = []
     for outcome in islice(outcomes, _ROUND):
         batch.append(outcome)
-        if _is_fatal(outcome):
+        if isinstance(outcome, UserError) and not isinstance(outcome, DataError):
             break
     return batch
 
 
-def _is_fatal(outcome: object) -> bool:
-    return isinstance(outcome, UserError) and not isinstance(outcome, DataError)
+def _or_raise(outcome: T | UserError) -> T | DataError:
+    if isinstance(outcome, DataError) or not isinstance(outcome, UserError):
+        return outcome
+    raise outcome
 
 
 def _in_threads(function: Callable[[Case], T], cases: Sequence[Case], description: str) -> Generator[T | UserError]:
@@ -202,7 +183,11 @@ def num_threads() -> int:
 
 
 def usable(cases: Sequence[Case], outcomes: Sequence[object], on_error: OnError) -> list[Case]:
-    """The cases whose outcome is no `DataError`. Raises and logs as `check_cases` says."""
+    """The cases whose outcome is no `DataError`, in the same order; with "skip" a line says which were left out.
+
+    Raises:
+        DataError: names every damaged case with its reason; with "skip" only if no other is left.
+    """
     problems = [str(outcome) for outcome in outcomes if isinstance(outcome, DataError)]
     good = [case for case, outcome in zip(cases, outcomes, strict=True) if not isinstance(outcome, DataError)]
     if problems and (on_error == "fail" or not good):

@@ -88,13 +88,15 @@ def _small(volume: np.ndarray) -> np.ndarray:
     if factor > 1:
         image = torch.from_numpy(volume.copy())[None, None]
         volume = F.avg_pool3d(image, factor, ceil_mode=True, count_include_pad=False)[0, 0].numpy()
-    return ndimage.gaussian_filter(volume, SMOOTHING_VOXELS)
+    smooth: np.ndarray = ndimage.gaussian_filter(volume, SMOOTHING_VOXELS)
+    return smooth
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
     """Centred and of norm 1, so that a dot product is a correlation; zeros for a constant."""
-    centred = values - values.mean()
-    return centred / max(float(np.linalg.norm(centred)), 1e-12)
+    centred: np.ndarray = values - values.mean()
+    centred /= max(float(np.linalg.norm(centred)), 1e-12)
+    return centred
 
 
 def copy_check(

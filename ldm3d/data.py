@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ def prepare_data(cfg: Config, env: Environment, remember_split: bool = True) -> 
 
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 and hand its result, or its `UserError`, to every rank."""
-    outcome: Any = None
+    outcome: T | UserError | None = None
     if distributed.is_main():
         try:
             outcome = function()
@@ -74,7 +74,7 @@ def on_main(function: Callable[[], T]) -> T:
     outcome = distributed.broadcast_object(outcome)
     if isinstance(outcome, UserError):
         raise outcome
-    return outcome
+    return cast(T, outcome)
 
 
 class PatchDataset(Dataset[dict[str, Any]]):

@@ -49,11 +49,6 @@ class Plan:
     window: int = 0
     alone: bool = False
 
-    @property
-    def exact(self) -> bool:
-        """Equal to plain decoding but for rounding: at most 1e-4 in float32."""
-        return not self.window and not self.keep.half
-
     def __str__(self) -> str:
         if self.window:
             return f"blended windows of at most {self.window} latent voxels a side, not exact"
@@ -148,17 +143,21 @@ def move(network: nn.Module, device: torch.device) -> None:
 @torch.no_grad()
 def decode(autoencoder: AutoencoderKL, latent: Tensor, plan: Plan) -> Tensor:
     """Decode (B, C, X, Y, Z) to (B, 1, X * f, Y * f, Z * f) as `plan` says."""
+    volume: Tensor
     if not plan.slab_bytes and not plan.window:
-        return autoencoder.decode(latent)
+        volume = autoencoder.decode(latent)
+        return volume
     with freed_memory_returned():
         if plan.window:
-            return _decode_windows(autoencoder, latent, plan.window)
-        pieces = PiecewiseDecoder(autoencoder.decoder, plan.slab_bytes, plan.keep)
-        return _with_decoder(autoencoder, pieces).decode(latent)
+            volume = _decode_windows(autoencoder, latent, plan.window)
+        else:
+            pieces = PiecewiseDecoder(autoencoder.decoder, plan.slab_bytes, plan.keep)
+            volume = _with_decoder(autoencoder, pieces).decode(latent)
+    return volume
 
 
 def _decode_windows(autoencoder: AutoencoderKL, latent: Tensor, side: int) -> Tensor:
-    return sliding_window_inference(
+    volume: Tensor = sliding_window_inference(
         latent,
         [min(side, n) for n in latent.shape[2:]],
         sw_batch_size=1,
@@ -168,6 +167,7 @@ def _decode_windows(autoencoder: AutoencoderKL, latent: Tensor, side: int) -> Te
         device=torch.device("cpu"),
         sw_device=latent.device,
     )
+    return volume
 
 
 def _with_decoder(autoencoder: AutoencoderKL, decoder: nn.Module) -> AutoencoderKL:

@@ -10,6 +10,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Size = tuple[Positive, Positive, Positive]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+VOXEL_SIZE_MM = (0.1, 20.0)
+"""Voxels smaller or larger are no scan's: a mistyped spacing, or a header in another unit."""
+VoxelSize = Annotated[float, Field(ge=VOXEL_SIZE_MM[0], le=VOXEL_SIZE_MM[1])]
 
 
 class Strict(BaseModel):
@@ -63,7 +66,8 @@ class AutoencoderDef(NetworkDef):
     @property
     def downsampling(self) -> int:
         """Voxels a side of the image for each voxel of the latent."""
-        return self.patchify * 2 ** (len(self.channels) - 1)
+        voxels: int = self.patchify * 2 ** (len(self.channels) - 1)
+        return voxels
 
 
 class DiscriminatorDef(Strict):
@@ -96,7 +100,8 @@ class DiffusionDef(NetworkDef):
     @property
     def downsampling(self) -> int:
         """Voxels a side of the latent for each voxel of the coarsest level."""
-        return 2 ** (len(self.channels) - 1)
+        voxels: int = 2 ** (len(self.channels) - 1)
+        return voxels
 
     @property
     def head_channels(self) -> tuple[int, ...]:

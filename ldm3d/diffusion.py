@@ -59,13 +59,15 @@ class GaussianDiffusion:
 
     def add_noise(self, latent: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Noised latent (B, C, X, Y, Z) at `timesteps` (B,)."""
-        return self.scheduler.add_noise(original_samples=latent, noise=noise, timesteps=timesteps)
+        noised: Tensor = self.scheduler.add_noise(original_samples=latent, noise=noise, timesteps=timesteps)
+        return noised
 
     def target(self, latent: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should predict, of the latent's shape."""
         if self.schedule.prediction_type == "epsilon":
             return noise
-        return self.scheduler.get_velocity(sample=latent, noise=noise, timesteps=timesteps)
+        velocity: Tensor = self.scheduler.get_velocity(sample=latent, noise=noise, timesteps=timesteps)
+        return velocity
 
 
 def build_diffusion(schedule: Schedule) -> RectifiedFlow | GaussianDiffusion:
@@ -144,14 +146,16 @@ def _ddim_step(scheduler: Any, prediction: Tensor, timestep: int, following: int
     alpha = scheduler.alphas_cumprod[timestep]
     alpha_following = scheduler.alphas_cumprod[following] if following >= 0 else scheduler.one
     noise = (latent - alpha.sqrt() * clean) / (1 - alpha).sqrt()
-    return alpha_following.sqrt() * clean + (1 - alpha_following).sqrt() * noise
+    less_noisy: Tensor = alpha_following.sqrt() * clean + (1 - alpha_following).sqrt() * noise
+    return less_noisy
 
 
 def _scheduler_step(
     scheduler: Any, prediction: Tensor, timestep: int, latent: Tensor, generators: list[torch.Generator]
 ) -> Tensor:
     if not isinstance(scheduler, DDPMScheduler):
-        return scheduler.step(prediction, timestep, latent)[0]
+        following: Tensor = scheduler.step(prediction, timestep, latent)[0]
+        return following
     # Each sample draws from its own generator, on the CPU, so that no neighbour and no device changes it.
     rows = [
         scheduler.step(p[None].cpu(), timestep, z[None].cpu(), generator)[0]

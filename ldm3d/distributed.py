@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,7 @@ import torch.distributed as dist
 from ldm3d.errors import ConfigError
 from ldm3d.rendezvous import meeting_place
 
-
-def restarted() -> bool:
-    """Whether torchrun has started this process again, after one of them had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+T = TypeVar("T")
 
 
 def launched_by_torchrun() -> bool:
@@ -130,7 +127,7 @@ def all_max(values: Sequence[float]) -> list[float]:
     return largest.tolist()
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: T) -> list[T]:
     """`value` of every process, in order of rank."""
     if not dist.is_initialized():
         return [value]
@@ -139,7 +136,7 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: T) -> T:
     """Rank 0's `value`, on every process."""
     if not dist.is_initialized():
         return value

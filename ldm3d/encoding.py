@@ -91,9 +91,10 @@ def begin(path: Path, journal: EncodedVolumes, shape: tuple[int, ...]) -> None:
 def _shape_of(path: Path) -> tuple[int, ...] | None:
     """Shape of a file of posteriors that has its full length."""
     try:
-        return np.load(path, mmap_mode="r").shape
+        posteriors: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError):
         return None
+    return posteriors.shape
 
 
 def encode_in_rounds(

@@ -65,7 +65,7 @@ class LatentCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.posteriors = np.load(folder / "posteriors.npy", mmap_mode="r")
+        self.posteriors: np.memmap = np.load(folder / "posteriors.npy", mmap_mode="r")
         self.cases: list[str] = json.loads((folder / "index.json").read_text())["cases"]
 
     def __len__(self) -> int:

@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -45,7 +45,11 @@ def only_writer(
             for pattern in (".tmp-*.pt", ".tmp-*.safetensors"):
                 for leftover in folder.glob(pattern):
                     leftover.unlink()
-            me = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+            me = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+            }
             write_text(owner, json.dumps(me))
         except Timeout:
             refusal = f"{folder}: another training{_described(owner)} is {work}; {advice}"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from monai.losses import PatchAdversarialLoss, PerceptualLoss
 from torch import Tensor, nn
 
+from ldm3d import distributed
 from ldm3d.console import log
 from ldm3d.sections import AutoencoderTrain
 
@@ -82,33 +83,45 @@ class AutoencoderLoss(nn.Module):
         """Loss of the discriminator: mean of its squared errors on fakes (target 0) and reals (target 1)."""
         fake = self.adversarial(verdict_fake.float(), target_is_real=False, for_discriminator=True)
         real = self.adversarial(verdict_real.float(), target_is_real=True, for_discriminator=True)
-        return 0.5 * (fake + real)
+        loss: Tensor = 0.5 * (fake + real)
+        return loss
 
 
 def load_perceptual(train: AutoencoderTrain) -> nn.Module | None:
-    """MONAI's perceptual network, frozen; None with a notice where its weights cannot be had."""
-    name = train.perceptual_network
-    is_3d = name.startswith("medicalnet_")
+    """MONAI's perceptual network, frozen; None with a notice where any process cannot have its weights.
+
+    All processes call this together: with a term that only some have, each would train on another loss.
+    """
+    loss, reason = _perceptual(train)
+    reasons = [reason for reason in distributed.gather_objects(reason) if reason]
+    if loss is None or reasons:
+        log(
+            f"notice: no perceptual loss: the weights of {train.perceptual_network!r} cannot be loaded ({reasons[0]}). "
+            "To use it, install the package that is named, if one is, and run once where there is a network, or set "
+            "autoencoder_train.perceptual_weights to a folder that holds them"
+        )
+        return None
+    return loss.eval().requires_grad_(False)
+
+
+def _perceptual(train: AutoencoderTrain) -> tuple[nn.Module | None, str]:
+    """The network, or why this process cannot have it."""
+    is_3d = train.perceptual_network.startswith("medicalnet_")
     folder = train.perceptual_weights
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loss = PerceptualLoss(
                 spatial_dims=3,
-                network_type=name,
+                network_type=train.perceptual_network,
                 is_fake_3d=not is_3d,
                 channel_wise=is_3d,
                 cache_dir=str(_existing(folder)) if folder else None,
             )
     except Exception as error:  # torch.hub, lpips and torchvision each raise their own kinds
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        log(
-            f"notice: no perceptual loss: the weights of {name!r} cannot be loaded ({type(error).__name__}: {reason}). "
-            "To use it, install the package that is named, if one is, and run once where there is a network, or set "
-            "autoencoder_train.perceptual_weights to a folder that holds them"
-        )
-        return None
-    return loss.eval().requires_grad_(False)
+        return None, f"{type(error).__name__}: {reason}"
+    return loss, ""
 
 
 def _existing(folder: Path) -> Path:

@@ -63,13 +63,16 @@ class TracedStage(ABC):
     patch_size: tuple[int, int, int]
 
     @abstractmethod
-    def build(self) -> None: ...
+    def build(self) -> None:
+        """Make the stage, and set what is declared above."""
 
     @abstractmethod
-    def make_batch(self, batch_size: int, patch_size: Sequence[int]) -> Any: ...
+    def make_batch(self, batch_size: int, patch_size: Sequence[int]) -> Any:
+        """A batch of patches (X, Y, Z) in voxels of the image, as the stage is given it."""
 
     @abstractmethod
-    def step(self, batch: Any) -> None: ...
+    def step(self, batch: Any) -> None:
+        """One training step."""
 
     def set_up(self, autocast: bool, checkpointing: bool | str) -> None:
         """Switch precision and recomputation, whatever they were before."""
@@ -104,6 +107,7 @@ class TracedStage(ABC):
         return noting
 
     def batch(self) -> int:
+        """Bytes of the batch of one step."""
         return nbytes(self.make_batch(self.batch_size, self.patch_size))
 
     @abstractmethod
@@ -115,6 +119,7 @@ class TracedStage(ABC):
         """Bytes of AdamW's two moments."""
 
     def ema(self) -> int:
+        """Bytes of the running average, where there is one."""
         return 0
 
     @abstractmethod
@@ -225,7 +230,8 @@ class TracedDiffusion(TracedStage):
 
         def decode() -> Tensor:
             with sampler.precision.autocast():
-                return sampler.autoencoder.decode(sampler.statistics.restore(latent)).float()
+                volume: Tensor = sampler.autoencoder.decode(sampler.statistics.restore(latent)).float()
+                return volume
 
         with torch.inference_mode():
             return self.peak_of(decode)

@@ -210,11 +210,12 @@ class MlflowRun:
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.client.get_model_version_by_alias(name, ALIAS).tags.get("sha256")
+            tags: dict[str, str] = self.client.get_model_version_by_alias(name, ALIAS).tags
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             return None
+        return tags.get("sha256")
 
 
 def _client(cfg: Config) -> Any:

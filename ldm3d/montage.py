@@ -104,7 +104,8 @@ def window(volume: Any, low: float = 0.5, high: float = 99.5) -> np.ndarray:
     # Without negative values 0 is air: leave it black, and do not stretch noise in a nearly uniform volume.
     black = min(black, 0.0) if values.min() >= 0 else black
     shown = (np.where(finite, volume, black) - black) / max(white - black, 1e-12)
-    return shown.clip(0, 1).astype(np.float32)
+    grey: np.ndarray = shown.clip(0, 1).astype(np.float32)
+    return grey
 
 
 def tensorboard_image(original: Any, reconstruction: Any, spacing: Sequence[float] = (1, 1, 1)) -> np.ndarray:

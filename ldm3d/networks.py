@@ -18,7 +18,7 @@ from ldm3d.definitions import AutoencoderDef, DiffusionDef, DiscriminatorDef
 INITIAL_LOG_VARIANCE = -6.0
 
 
-class GivenNoiseAutoencoderKL(AutoencoderKL):
+class GivenNoiseAutoencoderKL(AutoencoderKL):  # type: ignore[misc]  # monai tells mypy no types
     """MONAI's `AutoencoderKL`, to which the noise of the posterior can be given.
 
     So the noise can be a function of the volume, not of the process that happens to compute it.
@@ -75,10 +75,12 @@ class PatchAutoencoderKL(GivenNoiseAutoencoderKL):
         self.register_buffer("latent_scale", torch.ones(1, latent_channels, 1, 1, 1))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation (B, C, X / f, Y / f, Z / f) of images (B, 1, X, Y, Z) in [0, 1]."""
         mean, sigma = self._posterior(x)
         return mean * self.latent_scale, sigma * self.latent_scale
 
     def decode(self, z: Tensor) -> Tensor:
+        """Images (B, 1, X, Y, Z), near [0, 1] but not clipped, of latents as `encode` gives them."""
         return self._image(z / self.latent_scale)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +93,8 @@ class PatchAutoencoderKL(GivenNoiseAutoencoderKL):
         return mean + self.project(x), sigma
 
     def _image(self, z: Tensor) -> Tensor:
-        return depth_to_space(super().decode(z), self.patchify) + self.unproject(z)
+        image: Tensor = depth_to_space(super().decode(z), self.patchify) + self.unproject(z)
+        return image
 
     @torch.no_grad()
     def start_with_principal_components(self, images: Tensor) -> None:
@@ -205,7 +208,8 @@ def _block_in_halves(block: Any, x: Tensor, embedding: Tensor | None = None) -> 
         h = h + block.time_emb_proj(F.silu(embedding))[:, :, None, None, None]
     h = _recomputed(partial(_half, block.norm2, block.conv2), h)
     shortcut = block.nin_shortcut if isinstance(block, AEKLResBlock) else block.skip_connection
-    return shortcut(x) + h
+    summed: Tensor = shortcut(x) + h
+    return summed
 
 
 def _half(norm: nn.Module, convolution: nn.Module, x: Tensor) -> Any:
@@ -230,12 +234,3 @@ def compile_blocks(network: nn.Module, dynamic: bool | None = None) -> nn.Module
 
 def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
-
-
-def pad_to_multiple(volume: Tensor, factor: int) -> Tensor:
-    """Pad (..., X, Y, Z) with zeros on both sides so that each side is a multiple of `factor`."""
-    padding: list[int] = []
-    for n in reversed(volume.shape[-3:]):
-        missing = -n % factor
-        padding += [missing // 2, missing - missing // 2]
-    return F.pad(volume, padding)

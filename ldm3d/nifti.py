@@ -4,6 +4,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,12 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     """Voxel size in mm along each axis of a volume with this (4, 4) affine."""
     x, y, z = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0))
     return float(x), float(y), float(z)
+
+
+def apart_mm(shape: Sequence[int], affine: np.ndarray, other: np.ndarray) -> float:
+    """How far at most two affines (4, 4) take a voxel of a grid (X, Y, Z) apart: at one of its corners, in mm."""
+    corners = np.array([(*corner, 1) for corner in product(*((0, n - 1) for n in shape))]).T
+    return float(np.linalg.norm(((affine - other) @ corners)[:3], axis=0).max())
 
 
 def stem_of(path: str | Path) -> str:
@@ -103,7 +110,7 @@ def _opened(path: str | Path) -> Any:
     if not isinstance(image, nib.Nifti1Pair):
         raise DataError(f"{path}: is {type(image).__name__}, not NIfTI")
     shape, dtype = image.shape, image.get_data_dtype()
-    if len(shape) not in (3, 4) or 0 in shape:
+    if len(shape) not in (3, 4) or min(shape) < 1:
         raise DataError(f"{path}: has shape {shape}; a volume (X, Y, Z) or channels (X, Y, Z, C) are needed")
     if not (np.issubdtype(dtype, np.integer) or np.issubdtype(dtype, np.floating)):
         raise DataError(f"{path}: holds {dtype} values; plain numbers are needed")
@@ -124,7 +131,8 @@ def _channel_index(path: str | Path, image: Any, channel: int | None) -> tuple[A
 
 def _checked_affine(path: str | Path, image: Any) -> np.ndarray:
     affine = np.asarray(image.affine, dtype=float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+    # Where two axes are nearly one, the determinant may be large and no axis be the world's x, y or z.
+    if not np.isfinite(affine).all() or np.isnan(nib.io_orientation(affine)).any():
         raise DataError(f"{path}: its affine {affine[:3].tolist()} does not say where the voxels are")
     return affine
 

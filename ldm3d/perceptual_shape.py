@@ -29,7 +29,7 @@ VGG: tuple[tuple[Layer, ...], ...] = (
 NETWORKS = {"squeeze": SQUEEZE, "alex": ALEX, "vgg": VGG}
 
 
-class PerceptualShape(PerceptualLoss):
+class PerceptualShape(PerceptualLoss):  # type: ignore[misc]  # monai tells mypy no types
     """MONAI's loss over slices in three directions, with a network that has LPIPS's layers and no weights of its.
 
     Args:

@@ -42,7 +42,7 @@ class Anatomy:
     def to_subject(self, place: np.ndarray) -> np.ndarray:
         """Where in the subject (3,) the template's `place` (3,) lies, to about 0.1 mm."""
         inverse = np.linalg.inv(self.matrix)
-        point = inverse @ (place - self.shift)
+        point: np.ndarray = inverse @ (place - self.shift)
         for _ in range(8):
             bent = sum(amplitude * field.at(point) for amplitude, field in self.warps)
             point = inverse @ (place - self.shift - bent)
@@ -93,7 +93,8 @@ def _rotation(angles: np.ndarray) -> np.ndarray:
     about_x = np.array([[1, 0, 0], [0, ca, -sa], [0, sa, ca]])
     about_y = np.array([[cb, 0, sb], [0, 1, 0], [-sb, 0, cb]])
     about_z = np.array([[cc, -sc, 0], [sc, cc, 0], [0, 0, 1]])
-    return about_z @ about_y @ about_x
+    rotation: np.ndarray = about_z @ about_y @ about_x
+    return rotation
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,13 @@ def _one_piece(brain: np.ndarray, where: np.ndarray) -> np.ndarray:
     parts, count = ndimage.label(volume)
     if count > 1:
         volume = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-    return volume[where]
+    largest: np.ndarray = volume[where]
+    return largest
 
 
 def _sample(volume: np.ndarray, place: np.ndarray, origin: np.ndarray) -> np.ndarray:
     index = place + origin.astype(np.float32).reshape(3, *[1] * (place.ndim - 1))
-    return ndimage.map_coordinates(volume, index, order=1, mode="constant", output=np.float32, prefilter=False)
+    values: np.ndarray = ndimage.map_coordinates(
+        volume, index, order=1, mode="constant", output=np.float32, prefilter=False
+    )
+    return values

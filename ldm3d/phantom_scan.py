@@ -65,4 +65,5 @@ def _jitter(rng: np.random.Generator, signal: np.ndarray, spread: float) -> np.n
 def _rician(rng: np.random.Generator, signal: np.ndarray, sigma: np.floating) -> np.ndarray:
     """Magnitude of a complex signal with Gaussian noise in both parts (Gudbjartsson and Patz 1995)."""
     real, imaginary = rng.standard_normal((2, *signal.shape), dtype=np.float32) * np.float32(sigma)
-    return np.hypot(signal + real, imaginary)
+    magnitude: np.ndarray = np.hypot(signal + real, imaginary)
+    return magnitude

@@ -87,7 +87,7 @@ def _read(kind: str) -> np.ndarray:
     # nilearn's own loader is not used: importing nilearn.datasets takes seconds and looks for a network.
     try:
         folder = Path(str(resources.files("nilearn"))) / "datasets" / "data"
-        return np.asanyarray(nib.load(folder / FILE_NAME.format(kind)).dataobj).astype(np.float32)
+        return np.asarray(nib.load(folder / FILE_NAME.format(kind)).dataobj).astype(np.float32)
     except (ModuleNotFoundError, OSError) as error:
         raise DataError(
             f"the brain template of the embedded data set cannot be read ({error}); pip install nilearn brings it"
@@ -97,12 +97,14 @@ def _read(kind: str) -> np.ndarray:
 def _unexplained(t1: np.ndarray, fractions: np.ndarray) -> np.ndarray:
     """What the T1 template shows beyond three flat classes: deep nuclei, brain stem, myelin of the cortex."""
     expected = sum(value * fraction for value, fraction in zip(TEMPLATE_T1, fractions, strict=True))
-    return np.clip((t1 - expected) / TEMPLATE_T1[2], -0.15, 0.15).astype(np.float32)
+    detail: np.ndarray = np.clip((t1 - expected) / TEMPLATE_T1[2], -0.15, 0.15).astype(np.float32)
+    return detail
 
 
 def _sharpen(fractions: np.ndarray) -> np.ndarray:
     powered = np.maximum(fractions, 1e-3) ** SHARPNESS
-    return (powered / powered.sum(0)).astype(np.float32)
+    sharpened: np.ndarray = (powered / powered.sum(0)).astype(np.float32)
+    return sharpened
 
 
 def _ventricles(csf: np.ndarray, depth: np.ndarray, origin: np.ndarray) -> np.ndarray:
@@ -115,10 +117,11 @@ def _ventricles(csf: np.ndarray, depth: np.ndarray, origin: np.ndarray) -> np.nd
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
     large = np.flatnonzero(sizes > 600)
-    ventricle = ndimage.binary_dilation(np.isin(parts, large), iterations=2) & (csf > 0.1)
+    ventricle: np.ndarray = ndimage.binary_dilation(np.isin(parts, large), iterations=2) & (csf > 0.1)
     return ventricle.astype(np.float32)
 
 
 def _inwards(ventricle: np.ndarray) -> np.ndarray:
     field = np.stack(np.gradient(ndimage.gaussian_filter(ventricle, 5.0)))
-    return (field / np.sqrt((field**2).sum(0)).max()).astype(np.float32)
+    inwards: np.ndarray = (field / np.sqrt((field**2).sum(0)).max()).astype(np.float32)
+    return inwards

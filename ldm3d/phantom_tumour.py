@@ -118,18 +118,21 @@ def tumour_starts() -> np.ndarray:
     places = voxels - template.origin
     x, _, z = places.T
     hemisphere = (np.abs(x) > 13) & ((z > -8) | ((np.abs(x) > 28) & (z > -28)))
-    return places[hemisphere][::7].astype(np.float64)
+    starts: np.ndarray = places[hemisphere][::7].astype(np.float64)
+    return starts
 
 
 def _sigmoid(value: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(2 * value, -30, 30)))
+    share: np.ndarray = 1 / (1 + np.exp(-np.clip(2 * value, -30, 30)))
+    return share
 
 
 def _hangs_together(candidate: np.ndarray, core: np.ndarray) -> np.ndarray:
     """Where edema may be: the parts of `candidate` that reach the core, and the soft edge around them."""
     parts, _ = ndimage.label(candidate | core)
     touched = np.unique(parts[core])
-    return ndimage.binary_dilation(np.isin(parts, touched[touched > 0]))
+    where: np.ndarray = ndimage.binary_dilation(np.isin(parts, touched[touched > 0]))
+    return where
 
 
 def _labels(core: np.ndarray, dead: np.ndarray, swollen: np.ndarray, brain: np.ndarray) -> np.ndarray:

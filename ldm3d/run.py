@@ -14,6 +14,7 @@ from ldm3d.errors import CheckpointError, ConfigError
 from ldm3d.lock import only_writer
 from ldm3d.progress import Position
 from ldm3d.reference_profile import ReferenceProfile, write_profile
+from ldm3d.rendezvous import begun_before, note_beginning
 from ldm3d.schema import Config, Environment
 from ldm3d.signals import Stopped, StopRequest
 from ldm3d.tracking import Tracker
@@ -48,6 +49,8 @@ class Run:
         with only_writer(self.env.model_dir), self.stop.noted():
             if not self.resume:
                 self.checkpoints.clear()
+            if distributed.is_main():
+                note_beginning()
             yield
 
     def save(self, stage: Any, position: Position) -> None:
@@ -92,7 +95,7 @@ class Run:
 
 
 def how_to_start(checkpoints: Checkpoints, asked: str | None, init_from: Path | None, overwrite: bool) -> bool:
-    """Whether to resume. torchrun's restart of a run that failed resumes by itself, once there is a checkpoint.
+    """Whether to resume. What torchrun starts again resumes by itself, once the run has begun and has a checkpoint.
 
     Args:
         checkpoints: of the run's folder.
@@ -104,7 +107,7 @@ def how_to_start(checkpoints: Checkpoints, asked: str | None, init_from: Path | 
         ConfigError: arguments contradict each other.
         CheckpointError: there is nothing to resume from, or a training that a fresh start would replace.
     """
-    if asked == "auto" or distributed.restarted():
+    if asked == "auto" or begun_before():
         return checkpoints.exist()
     if asked and (init_from or overwrite):
         other = "--init-from" if init_from else "--overwrite"

@@ -13,6 +13,7 @@ from ldm3d.sampling import Sampler, VolumeId
 
 
 def file_name(volume: VolumeId, extension: str = "nii.gz") -> str:
+    """`synimg_<seed>_<number>.nii.gz`, the same whoever makes the volume."""
     return f"synimg_{volume.seed}_{volume.number}.{extension}"
 
 

@@ -139,7 +139,7 @@ class Sampler:
         if alone:
             latent, timesteps = latent.repeat(2, 1, 1, 1, 1), timesteps.repeat(2)
         with self.precision.autocast():
-            prediction = self.unet(latent, timesteps=timesteps).float()
+            prediction: Tensor = self.unet(latent, timesteps=timesteps).float()
         return prediction[:1] if alone else prediction
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ def take_two_steps(sampler: Sampler, noise: Tensor) -> Tensor:
 
     def denoise(latent: Tensor, timesteps: Tensor) -> Tensor:
         with sampler.precision.autocast():
-            return sampler.unet(latent, timesteps=timesteps).float()
+            prediction: Tensor = sampler.unet(latent, timesteps=timesteps).float()
+            return prediction
 
     name, _ = choose_sampler(sampler.card.schedule, None, None)
     return sample_latent(denoise, noise, [], sampler.card.schedule, name, 2)

@@ -18,6 +18,7 @@ from ldm3d.definitions import (
     PositiveFloat,
     Size,
     Strict,
+    VoxelSize,
 )
 from ldm3d.sections import (
     SAMPLERS,
@@ -36,7 +37,7 @@ class Config(Strict):
 
     channel: Annotated[int, Field(ge=0, le=3)] = 0
     """Contrast: 0 FLAIR, 1 T1, 2 T1 with contrast agent, 3 T2."""
-    spacing: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (1.1, 1.1, 1.1)
+    spacing: tuple[VoxelSize, VoxelSize, VoxelSize] = (1.1, 1.1, 1.1)
     """Voxel size in mm to which volumes are resampled."""
     spatial_dims: Literal[3] = 3
     """Number of spatial dimensions."""
@@ -172,6 +173,12 @@ def _schedule_problems(schedule: Schedule, sampling: SamplingConfig) -> list[str
     if isinstance(schedule, DdpmSchedule) and schedule.beta_start >= schedule.beta_end:
         problems.append(
             f"NoiseScheduler.beta_start {schedule.beta_start} must be smaller than beta_end {schedule.beta_end}"
+        )
+    if isinstance(schedule, DdpmSchedule) and (schedule.schedule, schedule.prediction_type) == ("cosine", "epsilon"):
+        # Nichol and Dhariwal 2021, who made this schedule, clip what they sample to [-1, 1]; latents have no bounds.
+        problems.append(
+            "NoiseScheduler.prediction_type 'epsilon' cannot go with schedule 'cosine', which ends in noise alone: an "
+            "error of 1 % in it would become noise six times stronger than the latent; use v_prediction"
         )
     if sampling.scheduler not in (None, *SAMPLERS[schedule.type]):
         right = " or ".join(SAMPLERS[schedule.type])

@@ -277,7 +277,7 @@ def pointwise(layer: nn.Conv3d, slab: Tensor) -> Tensor:
     """A convolution of 1 x 1 x 1 as the matrix product that it is: on one CPU thread torch unfolds it otherwise."""
     out = torch.matmul(layer.weight.flatten(1), slab.flatten(2))
     assert layer.bias is not None
-    return out.add_(layer.bias[:, None]).unflatten(2, slab.shape[2:])
+    return out.add_(layer.bias[:, None]).view(*out.shape[:2], *slab.shape[2:])
 
 
 def attend(block: SpatialAttentionBlock, x: Tensor) -> Tensor:
@@ -285,7 +285,8 @@ def attend(block: SpatialAttentionBlock, x: Tensor) -> Tensor:
     attention = copy.copy(block.attn)
     attention.use_flash_attention = True
     tokens = block.norm(x).flatten(2).transpose(1, 2)
-    return attention(tokens).transpose(1, 2).reshape(x.shape) + x
+    attended: Tensor = attention(tokens).transpose(1, 2).reshape(x.shape) + x
+    return attended
 
 
 def take_whole(volume: Volume, device: torch.device) -> Tensor:

@@ -97,6 +97,7 @@ class Tracker:
         self._by_volumes.first_step = (step - 1) * self.volumes_per_step + 1
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Values by name at the end of `step` steps, as `group/name`. Raises `OutputError` on a full disk."""
         if not distributed.is_main():
             return
         volumes = step * self.volumes_per_step

@@ -181,8 +181,9 @@ def _chunks(response: Any) -> Iterator[bytes]:
 
 def _validator(headers: Any) -> str | None:
     """What names this version of the file; a weak ETag promises too little (RFC 9110, section 13.1.5)."""
-    etag = headers.get("ETag")
-    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
+    etag: str | None = headers.get("ETag")
+    changed: str | None = headers.get("Last-Modified")
+    return etag if etag and not etag.startswith("W/") else changed
 
 
 def _known_validator(url: str, part: Path) -> str | None:

@@ -62,7 +62,8 @@ def resample(volume: np.ndarray, old: Sequence[float], new: Sequence[float]) -> 
     start = (np.array(volume.shape) - 1) / 2 - step * (shape - 1) / 2
     sigma = np.sqrt(np.maximum(0, step**2 - 1)) / _FWHM
     smooth = ndimage.gaussian_filter(volume.astype(np.float32, copy=False), sigma, mode="nearest")
-    return ndimage.affine_transform(smooth, step, start, tuple(shape), order=1, mode="nearest")
+    resampled: np.ndarray = ndimage.affine_transform(smooth, step, start, tuple(shape), order=1, mode="nearest")
+    return resampled
 
 
 def scale_intensity(volume: np.ndarray, name: str) -> np.ndarray:
@@ -83,7 +84,8 @@ def scale_intensity(volume: np.ndarray, name: str) -> np.ndarray:
     low, high = percentiles(volume, PERCENTILES)
     if not high > low:
         raise DataError(f"{name}: is nearly empty: its {PERCENTILES[1]} % percentile is its lowest value, {low:g}")
-    return np.clip((volume - np.float32(low)) / np.float32(high - low), 0, 1, dtype=np.float32)
+    scaled: np.ndarray = np.clip((volume - np.float32(low)) / np.float32(high - low), 0, 1, dtype=np.float32)
+    return scaled
 
 
 def percentiles(volume: np.ndarray, percents: Sequence[float]) -> list[float]:

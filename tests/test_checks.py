@@ -12,7 +12,7 @@ from nifti_files import SHAPE, make_cases, volume, write
 
 from ldm3d import checks
 from ldm3d.cases import Case
-from ldm3d.checks import check_cases, examine, share_out
+from ldm3d.checks import examine, share_out, usable
 from ldm3d.errors import DataError, OutputError
 
 
@@ -148,7 +148,7 @@ def test_every_bad_case_is_named_on_one_line(tmp_path: Path) -> None:
     cut(cases[1].image, 0.5)
     cases[4].image.unlink()
     with pytest.raises(DataError) as caught:
-        check_cases(cases, "fail")
+        usable(cases, share_out(examine, cases, ""), "fail")
     text = str(caught.value)
     assert text.startswith("2 of 6 cases cannot be used: ")
     assert "c01.nii.gz: is damaged or cut short" in text
@@ -159,19 +159,19 @@ def test_every_bad_case_is_named_on_one_line(tmp_path: Path) -> None:
 def test_of_many_bad_cases_twenty_are_named_and_all_counted(tmp_path: Path) -> None:
     cases = [Case(f"c{index:02d}", tmp_path / "none.nii") for index in range(25)]
     with pytest.raises(DataError, match=r"25 of 25 cases .*c19: .*; and 5 more$") as caught:
-        check_cases(cases, "fail")
+        usable(cases, share_out(examine, cases, ""), "fail")
     assert "c20" not in str(caught.value)
 
 
 def test_skip_leaves_bad_cases_out_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = make_cases(tmp_path, 4)
     cut(cases[2].image, 0.5)
-    assert check_cases(cases, "skip") == [cases[0], cases[1], cases[3]]
+    assert usable(cases, share_out(examine, cases, ""), "skip") == [cases[0], cases[1], cases[3]]
     assert "left out: " + str(cases[2].image) in capsys.readouterr().err
     for case in cases:
         case.image.unlink()
     with pytest.raises(DataError, match="4 of 4 cases cannot be used"):
-        check_cases(cases, "skip")
+        usable(cases, share_out(examine, cases, ""), "skip")
 
 
 def test_results_come_in_order_of_the_cases(tmp_path: Path) -> None:

@@ -505,12 +505,19 @@ def test_every_key_says_what_it_is() -> None:
     assert undocumented == []
 
 
+@pytest.mark.parametrize("size", ["0.011", "1100", "NaN"])
+def test_a_voxel_size_that_no_scan_has_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match=r"spacing\.2: .* should be (greater|less) than or equal to"):
+        load_config(ROOT / "config" / "config_train_16g.json", [f"spacing=[1.1, 1.1, {size}]"])
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("NoiseScheduler.beta_start=0.5", "beta_start 0.5 must be smaller than beta_end"),
         ("sampling.scheduler=rflow", "'rflow': ddpm is sampled with ddim or ddpm or pndm"),
         ("sampling.steps=1001", "sampling.steps 1001 must be at most 1000"),
+        ("NoiseScheduler.schedule=cosine", "'epsilon' cannot go with schedule 'cosine'.*; use v_prediction"),
     ],
 )
 def test_schedule_and_sampling_that_contradict_each_other_are_refused(override: str, said: str) -> None:

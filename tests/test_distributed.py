@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch.distributed import TCPStore
 
 from ldm3d import distributed
 from ldm3d.autoencoder_stage import AutoencoderStage
-from ldm3d.errors import ConfigError
+from ldm3d.checkpoint import Checkpoints
+from ldm3d.errors import CheckpointError, ConfigError
+from ldm3d.rendezvous import begun_before, note_beginning
+from ldm3d.run import how_to_start
 
 ROOT = Path(__file__).parents[1]
 Seen = dict[str, Any]
@@ -221,3 +226,35 @@ def test_two_processes_keep_the_same_weights(ranks: list[Seen]) -> None:
 def test_state_is_written_by_rank_0_and_waited_for(folder: Path, ranks: list[Seen]) -> None:
     assert all(seen["state is there"] for seen in ranks)
     assert torch.load(folder / "state.pt", weights_only=True) == {"rank": 0}
+
+
+@pytest.fixture
+def started_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where torchrun, whose store is there, has started this process in the place of one that failed."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "1"}
+    for name, value in {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    del store
+
+
+@pytest.mark.usefixtures("started_again")
+def test_what_failed_before_it_began_does_not_go_on_with_an_earlier_training(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "autoencoder_last.pt", 1, 10)
+    checkpoints.save({"fingerprint": {}})
+    with pytest.raises(CheckpointError, match="model_dir holds a training"):
+        how_to_start(checkpoints, None, None, overwrite=False)
+    assert how_to_start(checkpoints, None, None, overwrite=True) is False
+    assert how_to_start(checkpoints, "always", None, overwrite=False) is True
+    note_beginning()
+    assert how_to_start(checkpoints, None, None, overwrite=True) is True
+    checkpoints.clear()
+    assert how_to_start(checkpoints, None, None, overwrite=True) is False
+
+
+def test_without_a_store_of_torchruns_a_restart_counts_as_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert not begun_before()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert begun_before()

@@ -100,6 +100,8 @@ def test_every_metric_says_how_and_the_copy_is_found(study, run, tmp_path):
     samples = tmp_path / "samples"
     write_sample(samples / "new.nii.gz", 9, 0)
     write_sample(samples / "copy.nii.gz", 0, training.index(f"{copied}.nii.gz"))
+    for hidden in (".tmp-1a2b3c4d-new.nii.gz", "._copy.nii.gz"):
+        (samples / hidden).write_bytes(b"what a killed run and macOS leave")
     assert run("--synthetic", samples, "--output", tmp_path / "m.json")[0] == 0
     found = json.loads((tmp_path / "m.json").read_text())
     for name, metric in found["metrics"].items():

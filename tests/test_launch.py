@@ -27,7 +27,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs bash")
 # Answers the launcher's look at the machine as it is told, and notes what else it is asked to run.
 FAKE_PYTHON = """#!/bin/sh
 if [ "$1" = -c ]; then
-  echo "$GPUS $MODEL"
+  echo "$GPUS"
   exit "${LOOK_CODE:-0}"
 fi
 { printf '%s\\n' "$@"; echo "devices: ${CUDA_VISIBLE_DEVICES-all}"; echo; } >>"$CALLS"
@@ -54,9 +54,8 @@ class House:
 
     def __init__(self, folder: Path):
         self.folder = folder / "the house"
-        self.bin, self.model, self.calls = folder / "bin", folder / "the model", folder / "calls.txt"
+        self.bin, self.calls = folder / "bin", folder / "calls.txt"
         self.folder.mkdir()
-        self.model.mkdir()
         shutil.copy(LAUNCHER, self.folder)
         self.install("python")
 
@@ -67,7 +66,7 @@ class House:
         path.chmod(0o755)
 
     def environment(self, variables: dict[str, str]) -> dict[str, str]:
-        paths = {"PATH": f"{self.bin}:{os.environ['PATH']}", "MODEL": str(self.model), "CALLS": str(self.calls)}
+        paths = {"PATH": f"{self.bin}:{os.environ['PATH']}", "CALLS": str(self.calls)}
         return os.environ | paths | {"GPUS": "4"} | variables
 
     def launch(self, *arguments: str, folder: Path | None = None, **variables: str) -> Launched:
@@ -214,11 +213,12 @@ def test_a_failed_first_stage_is_the_end(house: House) -> None:
 
 @posix
 def test_resume_is_for_the_stages_that_have_begun(house: House) -> None:
-    first = house.launch("--", "--resume", "--seed", "1")
-    assert [call[12:-1] for call in first.calls] == [["--resume", "--seed", "1"], ["--seed", "1"]]
-    (house.model / "diffusion_last.pt").touch()
-    second = house.launch("--", "--resume", "--seed", "1")
-    assert [call[12:-1] for call in second.calls[2:]] == [["--resume", "--seed", "1"]] * 2
+    assert [call[12:-1] for call in house.launch("--", "--seed", "1").calls] == [["--seed", "1"]] * 2
+    house.calls.unlink()
+    for asked in (["--resume"], ["--resume", "auto"], ["--resume=always"]):
+        given = [*asked, "--seed", "1"]
+        assert [call[12:-1] for call in house.launch("--", *given).calls] == [given, [*given, "--resume", "auto"]]
+        house.calls.unlink()
 
 
 @posix

@@ -151,6 +151,15 @@ class FakePerceptual(nn.Module):
         return self.factor * (x - y).square().mean()
 
 
+def test_no_process_has_a_perceptual_term_that_another_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(losses, "PerceptualLoss", FakePerceptual)
+    monkeypatch.setattr(losses.distributed, "gather_objects", lambda mine: [mine, "URLError: no network"])
+    assert load_perceptual(train(perceptual_weight=0.1)) is None
+    assert "cannot be loaded (URLError: no network)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "is_3d"), [("squeeze", False), ("medicalnet_resnet10_23datasets", True)])
 def test_perceptual_term_is_weighted_and_its_network_frozen(
     name: str, is_3d: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,6 @@ from ldm3d.networks import (
     checkpoint_blocks,
     count_parameters,
     depth_to_space,
-    pad_to_multiple,
     space_to_depth,
 )
 from ldm3d.schema import Config
@@ -221,22 +220,6 @@ def test_blocks_are_recomputed_in_the_backward_pass_only(name: str) -> None:
     calls.clear()
     gradients(network, *inputs)
     assert calls == dict.fromkeys(blocks, 2)
-
-
-@pytest.mark.parametrize(
-    ("size", "factor", "expected"),
-    [((8, 8, 8), 4, (8, 8, 8)), ((5, 8, 11), 4, (8, 8, 12)), ((1, 2, 3), 8, (8, 8, 8)), ((7, 7, 7), 1, (7, 7, 7))],
-)
-def test_padding_is_of_zeros_on_both_sides(
-    size: tuple[int, int, int], factor: int, expected: tuple[int, int, int]
-) -> None:
-    volume = torch.rand(2, 1, *size) + 1
-    padded = pad_to_multiple(volume, factor)
-    assert padded.shape == (2, 1, *expected)
-    begins = [(n - m) // 2 for n, m in zip(expected, size, strict=True)]
-    inside = padded[(..., *(slice(b, b + m) for b, m in zip(begins, size, strict=True)))]
-    assert torch.equal(inside, volume)
-    assert padded.sum() == pytest.approx(volume.sum())
 
 
 def with_norms_recomputed(network: nn.Module) -> nn.Module:

@@ -177,12 +177,21 @@ def test_damaged_file_is_refused(tmp_path, volume):
         read_volume(tmp_path / "a.nii")
 
 
-def test_affine_without_meaning_is_refused(tmp_path, volume):
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("srow_x", 0, "does not say where the voxels are"),
+        # Its determinant is 1, but beside the second axis' step the first one's is nothing.
+        ("srow_y", (1e38, 1, 0, 0), "does not say where the voxels are"),
+        ("dim", (3, 7, 9, -17398, 1, 1, 1, 1), "has shape"),
+    ],
+)
+def test_header_without_meaning_is_refused(tmp_path, volume, field, value, complaint):
     image = nib.Nifti1Image(volume, np.eye(4))
-    image.header["sform_code"], image.header["srow_x"] = 1, 0
+    image.header["sform_code"], image.header[field] = 1, value
     path = tmp_path / "a.nii"
     path.write_bytes(image.header.binaryblock + bytes(4) + volume.tobytes())
-    with pytest.raises(DataError, match="does not say where the voxels are"):
+    with pytest.raises(DataError, match=complaint):
         read_volume(path)
 
 

@@ -85,6 +85,13 @@ def test_averages_terms_and_shares(folder: Path) -> None:
     assert log.shares() == {"l1": 0.75, "kl": 0.25}
 
 
+def test_sums_of_many_steps_keep_their_digits(folder: Path) -> None:
+    log = epoch_log(folder)
+    log.add({"loss": torch.tensor(2.0**24)}, volumes=2)
+    log.add({"loss": torch.tensor(1.0)}, volumes=2)
+    assert 2 * log.loss() == 2**24 + 1  # 32 bits end at 2^24
+
+
 def test_a_loss_without_terms(folder: Path) -> None:
     log = epoch_log(folder)
     log.add({"loss": torch.tensor(0.25), "gradient_norm": torch.tensor(3.0)}, volumes=2)

@@ -59,6 +59,18 @@ def test_pictures_of_every_kind_of_file(tmp_path, save, run):
     assert both.shape[0] > 1.5 * one.shape[0]
 
 
+def test_files_of_one_name_are_all_shown(tmp_path, save, run):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    files = [save(f"{folder}/t1.nii", np.random.default_rng(0).random(SHAPE)) for folder in ("a", "b")]
+    heights = [
+        run(*shown, "--output", "all.png")[0] or Image.open(tmp_path / "all.png").height for shown in (files[:1], files)
+    ]
+    assert heights[1] > 1.5 * heights[0]
+    status, _, shown = run(*files)
+    assert status == 2 and "would get one picture" in shown and not (tmp_path / "t1.png").exists()
+
+
 def test_label_and_channel(tmp_path, save, run):
     label = np.zeros(SHAPE)
     label[4:9, 5:12, 3:8] = 1
@@ -88,6 +100,7 @@ def test_too_many_channels_ask_for_a_choice(save, run):
         (["text.nii.gz"], "text.nii.gz: cannot be read as NIfTI"),
         (["good.nii.gz", "--channel", "3"], "good.nii.gz: has no channel 3"),
         (["good.nii.gz", "--label", "other.nii.gz"], "other.nii.gz: lies on another grid"),
+        (["good.nii.gz", "--label", "turned.nii.gz"], "turned.nii.gz: lies 1.52 mm beside the volume"),
         (["good.nii.gz", "other.nii.gz", "--label", "good.nii.gz"], "--label belongs to one volume"),
         ([], "FILE"),
     ],
@@ -96,6 +109,9 @@ def test_errors_are_one_line_and_status_2(tmp_path, save, run, arguments, compla
     (tmp_path / "text.nii.gz").write_text("hello")
     save("good.nii.gz", np.ones(SHAPE))
     save("other.nii.gz", np.ones((4, 4, 4)))
+    turned = np.eye(4)
+    turned[0, 1] = 0.08
+    save("turned.nii.gz", np.ones(SHAPE), turned)
     status, _, shown = run(*arguments)
     assert status == 2
     assert shown.startswith("error: ") and shown.count("\n") == 1

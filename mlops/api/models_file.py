@@ -125,7 +125,7 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml tells mypy no types
     """PyYAML's safe loader without aliases, which can stand for far more than they are, and without doubled keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

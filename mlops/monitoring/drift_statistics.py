@@ -71,8 +71,9 @@ def psi(reference: Sequence[float], new: Sequence[float], seed: int = 0) -> tupl
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    shares = counts / counts.sum(-1, keepdims=True) + 0.005
-    return shares / shares.sum(-1, keepdims=True)
+    shares: np.ndarray = counts / counts.sum(-1, keepdims=True) + 0.005
+    shares /= shares.sum(-1, keepdims=True)
+    return shares
 
 
 def compare_words(name: str, reference: Mapping[str, int], new: Mapping[str, int], seed: int = 0) -> Comparison:

@@ -65,7 +65,8 @@ class Reference:
         self.trained_on = profile.trained_on
 
     def _scaled(self, features: np.ndarray) -> np.ndarray:
-        return (features - self._means) / self._spreads
+        scaled: np.ndarray = (features - self._means) / self._spreads
+        return scaled
 
     def deviations(self, volumes: Sequence[Measured]) -> dict[str, float]:
         """Mean of each feature that can be judged, less the training data's."""
@@ -75,7 +76,8 @@ class Reference:
     def to_training(self, volumes: Sequence[Measured]) -> np.ndarray:
         """(N,) mean distance of each volume from the training volumes, over all features."""
         points = self._scaled(_features(volumes))
-        return np.abs(points[:, None, :] - self._points[None]).mean((1, 2))
+        distances: np.ndarray = np.abs(points[:, None, :] - self._points[None]).mean((1, 2))
+        return distances
 
     def apart(self, one: Measured, other: Measured) -> float:
         """Distance of two volumes, over all features."""

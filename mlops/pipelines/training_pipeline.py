@@ -56,7 +56,7 @@ def build(settings: PipelineSettings, version: str) -> Any:
         if asset
     }
 
-    @dsl.pipeline(name=f"{settings.model}-training", experiment_name=settings.experiment)
+    @dsl.pipeline(name=f"{settings.model}-training", experiment_name=settings.experiment)  # type: ignore[untyped-decorator]
     def pipeline(data: Input) -> None:
         start = {"start": given["start"]} if "start" in given else {}
         known = {"known_split": given["known_split"]} if "known_split" in given else {}
