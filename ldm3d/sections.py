@@ -169,8 +169,8 @@ class TrackingConfig(Strict):
     mlflow_experiment: str = "ldm3d"
     """Experiment that gets the runs; made where it is missing."""
     mlflow_model: str | None = "ldm3d"
-    """Model that published weights become a version of, at a training's end: this name with `-autoencoder` or
-    `-diffusion`. Null registers none."""
+    """Model that published weights become a version of, at a training's end: `NAME-autoencoder` and
+    `NAME-diffusion`. Null registers none."""
 
     @field_validator("mlflow_uri")
     @classmethod
