@@ -105,9 +105,9 @@ $(DOCS)/run: requirements-docs.txt
 	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
-# The variable silences advertising for successors of MkDocs.
+# Not --quiet, which hides warnings from --strict too. The variable silences advertising for successors of MkDocs.
 docs: $(DOCS)/run
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 	@echo "== open site/index.html in a browser; no server is needed"
 
 $(OPS)/run: requirements-ops.txt
