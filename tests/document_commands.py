@@ -158,7 +158,10 @@ PACKAGES = ("mlops", "benchmarks", "figs", "docs", "ldm3d")
 def source_of(module: str) -> Path | None:
     """The file behind `python -m module`; None where there is none."""
     path = ROOT / module.replace(".", "/")
-    return next((file for file in (path.with_suffix(".py"), path / "__main__.py") if file.is_file()), None)
+    main, plain = path / "__main__.py", path.with_suffix(".py")
+    if main.is_file():
+        return main
+    return plain if plain.is_file() and '__name__ == "__main__"' in plain.read_text() else None
 
 
 @cache
@@ -200,7 +203,7 @@ def options_of_module(module: str) -> set[str]:
 def problems_of_module(module: str, arguments: list[str]) -> list[str]:
     """What is wrong with a call of a command of one of our packages."""
     path = source_of(module)
-    if path is None or "__main__" not in f"{path.name} {path.read_text()}":
+    if path is None:
         return [f"there is no {module}"]
     parser = parser_of(module)
     if parser is None:
@@ -251,6 +254,7 @@ def problems_inside(words: list[str]) -> list[str]:
     return problems
 
 
+TENSORBOARD = {"--logdir"}
 # Of sbatch and docker, which are not here to be asked.
 SLURM = {"--requeue", "--signal"}
 DOCKER = {"-f", "--build-arg", "--format", "--no-healthcheck"}

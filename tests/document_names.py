@@ -54,11 +54,12 @@ def problems_of_keys(text: str) -> list[str]:
 
 
 def problems_of_paths(text: str, folder: Path) -> list[str]:
-    """Paths in spans that are neither in the tree nor named by the code that makes them."""
+    """Paths in spans that are neither in the tree nor named by the code that makes them, or by code in the text."""
+    own = "\n".join(block.text for block in blocks(text) if block.language == "python")
     paths = [span for span in spans(text) if re.fullmatch(r"[\w./<>*+-]+", span) and is_path(span)]
     # A table that says what is in a folder names its files without it.
     folders = [place / span for span in spans(text) if span.endswith("/") for place in (ROOT, folder)]
-    return [path for path in paths if not (in_tree(path, folder, *folders) or made_by(path))]
+    return [path for path in paths if not (in_tree(path, folder, *folders) or made_by(path) or path in own)]
 
 
 def is_path(span: str) -> bool:

@@ -24,6 +24,7 @@ SOURCES = [
     *ROOT.glob("*.bat"),
     *ROOT.glob("*.py"),
     *ROOT.glob("ldm3d/*.py"),
+    *ROOT.glob("figs/*.py"),
     *(path for path in ROOT.glob("mlops/**/*") if path.is_file() and path.suffix in KINDS),
     *ROOT.glob("config/*.json"),
 ]

@@ -8,6 +8,7 @@ import pytest
 from document_commands import (
     DOCKER,
     SLURM,
+    TENSORBOARD,
     commands,
     options_of,
     options_of_module,
@@ -80,7 +81,7 @@ def test_options_that_are_named_exist(document: Path) -> None:
     known |= {option for module in programs() for option in options_of_module(module)}
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}
     known |= {option for path in ROOT.glob("mlops/**/*.sh") for option in re.findall("--[a-z-]+", path.read_text())}
-    known |= SLURM | DOCKER
+    known |= SLURM | DOCKER | TENSORBOARD
     named = {span.split()[0] for span in spans(read(document)) if re.match("--?[a-z]", span)}
     assert named - known == set()
 

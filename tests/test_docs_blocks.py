@@ -15,6 +15,9 @@ import tree_sitter_batch
 import yaml
 from documents import FENCE, each_document, read
 
+OF_NOTEBOOKS = {"IPython", "ipyniivue"}
+"""What is there only where notebooks run."""
+
 
 def parse_python(text: str) -> None:
     """Compiles it, a notebook's lines for its shell left out, and looks up what it imports."""
@@ -22,8 +25,9 @@ def parse_python(text: str) -> None:
     for node in ast.walk(compile(code, "block", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)):
         if isinstance(node, ast.Import):
             for name in node.names:
-                importlib.import_module(name.name)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+                if name.name not in OF_NOTEBOOKS:
+                    importlib.import_module(name.name)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] not in OF_NOTEBOOKS:
             module = importlib.import_module(node.module)
             for name in node.names:
                 if not hasattr(module, name.name):
