@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 OPS := .venv-ops
 CHECKOV := .venv-checkov
+DOCS := .venv-docs
 PY := $(VENV)/bin/python
 DEMO := -c config/config_demo.json -e config/environment_demo.json
 SCRATCH := -c config/config_demo.json -e config/environment_demo_scratch.json
 WEIGHTS := checkpoints/demo
 NUM_PHANTOMS := 420
 
-.PHONY: help demo demo-scratch sample serve bench bench-gpu lint test check-ops test-ops audit clean
+.PHONY: help demo demo-scratch sample serve bench bench-gpu lint test docs check-ops test-ops audit clean
 
 help:
 	@echo "make demo          train on the embedded data from the demo weights, sample, evaluate (about 10 minutes)"
@@ -20,6 +21,7 @@ help:
 	@echo "make bench         speed and memory against the reference recipe, on a CPU (under 10 minutes)"
 	@echo "make bench-gpu     the same on one GPU (under 10 minutes)"
 	@echo "make test          linters, types and the whole test suite"
+	@echo "make docs          build the documentation site, in site/ (under 2 minutes)"
 	@echo "make check-ops     judge containers, manifests, pipelines, rules with the programs that read them (2 minutes)"
 	@echo "make test-ops      run them for real, as far as this machine has what they need"
 	@echo "make audit         known weaknesses of the packages in the container images (needs a network)"
@@ -96,6 +98,17 @@ lint: $(VENV)/dev
 test: lint
 	@echo "== tests"
 	@$(PY) -m pytest -n 2
+
+$(DOCS)/run: requirements-docs.txt
+	@echo "== environment: $(DOCS), with requirements-docs.txt"
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+# Not --quiet, which hides warnings from --strict too. The variable silences advertising for successors of MkDocs.
+docs: $(DOCS)/run
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo "== open site/index.html in a browser; no server is needed"
 
 $(OPS)/run: requirements-ops.txt
 	@echo "== environment: $(OPS), with requirements-ops.txt"

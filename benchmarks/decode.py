@@ -1,7 +1,7 @@
 """Decoding whole and in pieces: time, highest memory, difference.
 
 python -m benchmarks.decode --output benchmarks/results/decode_cpu.json
-python -m benchmarks.decode --shape 240 240 156 --rounds 1
+python -m benchmarks.decode --shape 240 240 156 --rounds 1 --config config/config_train_32g.json --ways plain pieces
 
 Each decoding runs in a process of its own, so that its highest memory is its own; ways take turns, and medians are
 shown. Weights and latent are random: neither time nor memory depends on them.

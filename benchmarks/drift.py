@@ -1,6 +1,7 @@
 """How often drift is reported where there is none, and how often where there is: on phantoms of another seed.
 
     python -m benchmarks.drift --measured results/drift.pickle
+    python -m benchmarks.drift --measured results/drift.pickle --volumes 800 --changed 100 --processes 2
 
 Measuring takes longest, so it is kept in a file, and an interrupted run goes on there. Folders are disjoint as far as
 the phantoms suffice; the others are drawn from the same phantoms, each without repetition, and share some.

@@ -5,6 +5,7 @@
 An exponent of 1 is proportional. Sides count voxels, so steps cannot grow slower than with the side's third power.
 """
 
+import argparse
 import math
 import os
 import subprocess
@@ -33,7 +34,7 @@ SECTIONS = {"autoencoder step": "autoencoder_train", "diffusion step": "diffusio
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rank-of", help="internal: time the step of this name as one of several processes")
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     keep_freed_memory()
     if args.rank_of:

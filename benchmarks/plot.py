@@ -2,7 +2,8 @@
 
     python -m benchmarks.plot
 
-Reads benchmarks/results/*.json; writes benchmarks/results/speed.md and figs/speed.png.
+Reads benchmarks/results/*.json; writes benchmarks/results/speed.md and figs/speed.png. `--results` and
+`--picture` name another folder and picture.
 """
 
 import json
@@ -38,7 +39,7 @@ class Ratio(NamedTuple):
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--picture", type=Path, default=Path("figs/speed.png"))
+    parser.add_argument("--picture", type=Path, default=Path("figs/speed.png"), help="the plot")
     args = parser.parse_args()
     ratios = [*of_steps(load(args.results, "train_step")), *of_sampling(load(args.results, "sampling"))]
     ratios += of_gpu(load(args.results, "gpu"))

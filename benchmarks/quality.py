@@ -1,6 +1,7 @@
 """Do fewer sampling steps cost quality? The demo's weights with few Euler steps against 1000 of the same weights.
 
     python -m benchmarks.quality --data data/phantom
+    python -m benchmarks.quality --data data/phantom --num 32 --steps 5 10 20 30 1000
 
 Every number of steps starts from the same noise, so volumes are compared with their own 1000-step counterpart, and all
 sets with held-out real volumes. It takes about 15 minutes on one core, so `make bench` leaves it out.

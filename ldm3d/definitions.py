@@ -27,38 +27,42 @@ class NetworkDef(Strict):
     """What the autoencoder and the diffusion network have in common."""
 
     spatial_dims: Literal[3] = 3
-    """Number of spatial dimensions."""
+    """Number of spatial dimensions; volumes have three."""
     channels: tuple[Positive, ...] = Field(min_length=1)
-    """Feature channels of each level; each level after the first halves the grid."""
+    """Feature channels of each level; each level after the first halves the grid. Memory and time grow with the first
+    entries most, as these work on the finest grid."""
     num_res_blocks: Positive | tuple[Positive, ...] = 2
-    """Residual blocks per level."""
+    """Residual blocks of a level, one number for all levels or one for each."""
     attention_levels: tuple[bool, ...]
-    """Which levels have self-attention."""
+    """Which levels have self-attention, one entry for each of `channels`. It costs memory and time on fine grids: use
+    it on the coarsest levels only."""
     norm_num_groups: Positive = 32
     """Groups of the group normalisation; must divide every entry of `channels`."""
     norm_eps: PositiveFloat = 1e-6
-    """Epsilon of the group normalisation."""
+    """Added to the variance in the group normalisation, so that nothing is divided by zero."""
     include_fc: bool = True
-    """Output projection of the attention blocks (MONAI's default)."""
+    """Output projection of the attention blocks. True is MONAI's default."""
     use_combined_linear: bool = False
-    """One matrix for query, key and value."""
+    """One matrix for query, key and value instead of three: other names of weights, the same function."""
 
 
 class AutoencoderDef(NetworkDef):
     """Arguments of `monai.networks.nets.AutoencoderKL`, and `patchify`."""
 
     in_channels: Positive = 1
-    """Image channels going in."""
+    """Image channels going in; must equal `image_channels`."""
     out_channels: Positive = 1
-    """Image channels coming out."""
+    """Image channels coming out; must equal `image_channels`."""
     latent_channels: Positive
-    """Channels of the latent."""
+    """Channels of the latent; must equal the top level's `latent_channels`."""
     with_encoder_nonlocal_attn: bool = False
-    """Self-attention in the middle of the encoder."""
+    """Self-attention in the middle of the encoder, on the latent's grid: what is far apart is seen together, for memory
+    that grows with the square of the number of voxels there."""
     with_decoder_nonlocal_attn: bool = False
-    """Self-attention in the middle of the decoder."""
+    """The same in the middle of the decoder."""
     use_flash_attention: bool = False
-    """Scaled dot-product attention: the same result, 2 to 4 times faster, half the memory."""
+    """Scaled dot-product attention: the same result in less time and memory, as the matrix of all pairs is never
+    kept."""
     patchify: Positive = 1
     """Fold blocks of this many voxels a side into channels before the first convolution, unfold them after the last:
     a cheap first level for small machines. 1 is MONAI's network unchanged."""
@@ -76,7 +80,7 @@ class DiscriminatorDef(Strict):
     channels: Positive = 32
     """Feature channels of the first layer; doubled by each further one."""
     num_layers_d: Positive = 3
-    """Number of strided layers."""
+    """Strided layers, each of which halves the grid: more of them judge larger patches."""
     norm: Literal["INSTANCE", "BATCH"] = "INSTANCE"
     """Normalisation; BATCH is synchronised over processes when `sync_bn` is true."""
 
@@ -85,15 +89,17 @@ class DiffusionDef(NetworkDef):
     """Arguments of `monai.networks.nets.DiffusionModelUNet`."""
 
     in_channels: Positive
-    """Channels of the latent."""
+    """Channels going in; must equal `latent_channels`."""
     out_channels: Positive
-    """Channels of the latent."""
+    """Channels coming out; must equal `latent_channels`."""
     num_head_channels: NotNegative | tuple[NotNegative, ...] = 8
-    """Channels of each attention head, for all levels or for each."""
+    """Channels of each attention head, one number for all levels or one for each. It must divide the channels of every
+    level that has attention; 0 is for levels without."""
     resblock_updown: bool = False
     """Residual blocks instead of convolutions for changing the grid."""
     use_flash_attention: bool = True
-    """Scaled dot-product attention: the same result, 2 to 4 times faster, half the memory."""
+    """Scaled dot-product attention: the same result in less time and memory, as the matrix of all pairs is never
+    kept."""
     dropout_cattn: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout in the attention blocks."""
 

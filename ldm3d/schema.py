@@ -36,51 +36,51 @@ class Config(Strict):
     """A training configuration, the file behind `-c`."""
 
     channel: Annotated[int, Field(ge=0, le=3)] = 0
-    """Contrast: 0 FLAIR, 1 T1, 2 T1 with contrast agent, 3 T2."""
+    """Contrast that is trained: 0 FLAIR, 1 T1, 2 T1 with contrast agent, 3 T2."""
     spacing: tuple[VoxelSize, VoxelSize, VoxelSize] = (1.1, 1.1, 1.1)
-    """Voxel size in mm to which volumes are resampled."""
+    """Voxel size in mm, along x, y and z, to which volumes are resampled, and which generated volumes have. Coarser
+    spacing with smaller patches is much cheaper."""
     spatial_dims: Literal[3] = 3
-    """Number of spatial dimensions."""
+    """Number of spatial dimensions; volumes have three."""
     image_channels: Literal[1] = 1
-    """Channels of the image."""
+    """Channels of the image: one contrast."""
     latent_channels: Positive
-    """Channels of the latent."""
+    """Channels of the latent: more of them keep more of the image, and are harder to generate."""
     autoencoder_def: AutoencoderDef
     """The autoencoder."""
     discriminator_def: DiscriminatorDef = DiscriminatorDef()
-    """The discriminator of the adversarial term."""
+    """The discriminator of stage 1's adversarial term."""
     autoencoder_train: AutoencoderTrain
-    """Stage 1."""
+    """The training of stage 1."""
     diffusion_def: DiffusionDef
     """The diffusion network."""
     diffusion_train: DiffusionTrain
-    """Stage 2."""
+    """The training of stage 2."""
     noise_schedule: Annotated[Schedule, Field(alias="NoiseScheduler", discriminator="type")] = DdpmSchedule()
-    """The diffusion's noise."""
+    """The kind of diffusion and its noise."""
     sampling: SamplingConfig = SamplingConfig()
-    """Stage 3."""
+    """Stage 3: generating volumes."""
     data: DataConfig = DataConfig()
     """The data set."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow."""
+    """An MLflow server."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of everything random in training."""
+    """Seed of everything random in training. `--seed` replaces it."""
     amp: bool = True
     """Mixed precision on a GPU: bfloat16 where the GPU has it, else float16. No effect on a CPU, where it is slower."""
     compile: bool = False
-    """torch.compile on a GPU. No effect on a CPU, where it brings nothing."""
+    """`torch.compile` on a GPU: the first steps take longer, the others less. No effect on a CPU, where it brings
+    nothing."""
     sync_bn: bool = False
-    """Synchronise batch normalisation over processes."""
+    """Synchronise batch normalisation over processes; only a discriminator with `BATCH` has any."""
     use_checkpointing: Literal[False, True, "blocks", "norms"] = False
-    """Compute activations again in the backward pass instead of keeping them: off, "norms" (normalisations and
-    activation functions, the convolutions' results are kept) or "blocks" (whole residual blocks; true is the same).
-    Kept by the 32g networks under autocast: "norms" 31 %, "blocks" 24 % of the autoencoder's activations, 30 % and 24 %
-    of the U-Net's; the peak of a step is nearly the same with both. Speed of forward and backward on a CPU (fp32):
-    "norms" 0.99 and 1.01, "blocks" 0.89 and 0.77 for smaller networks of the two kinds."""
+    """Compute activations again in the backward pass instead of keeping them, for memory: `"norms"` (normalisations and
+    activation functions; the convolutions' results are kept) costs next to no time, `"blocks"` (whole residual blocks;
+    `true` is the same) keeps least. What each was measured to cost is in docs/MULTI_GPU_OPTIMIZATION_SUMMARY.md."""
     ddp_backend: Literal["nccl", "gloo"] | None = None
-    """Communication between processes; by default nccl on GPUs, gloo on CPUs."""
+    """Communication between processes. Null is nccl on GPUs and gloo on CPUs."""
     ddp_timeout_seconds: PositiveFloat = 600.0
-    """How long a process waits for the others before the run fails."""
+    """Seconds that a process waits for the others before the run fails."""
     checkpoint_every_minutes: Annotated[float, Field(ge=0)] = 10.0
     """Minutes between two saved training states; 0 saves after every step. A killed run loses no more than this; one
     that is stopped by Ctrl-C or SIGTERM saves first and loses nothing."""
@@ -196,12 +196,13 @@ class Environment(Strict):
     """Where a run reads and writes, the file behind `-e`. Relative paths start at the current folder."""
 
     model_dir: Path
-    """Weights and training state."""
+    """Folder for weights, training state and the split. One training at a time may write to it."""
     tfevent_path: Path
-    """TensorBoard's event files."""
+    """Folder for the event files of TensorBoard."""
     output_dir: Path
-    """Generated volumes."""
+    """Folder for generated volumes, their sidecars and pictures."""
     data_base_dir: Path
-    """The data set."""
+    """Folder of the data set; prepared volumes and latents are kept in its `cache`, unless `data.cache_dir` says
+    otherwise."""
     resume_ckpt: Literal[False, True, "auto"] = False
     """`true` does the same as `--resume`, `"auto"` the same as `--resume auto`."""

@@ -243,7 +243,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     create = commands.add_parser("create", help="make a key and print it, once")
     create.add_argument("--name", required=True, help="whose it is, for the list")
-    create.add_argument("--role", required=True, choices=[str(role) for role in Role])
+    create.add_argument("--role", required=True, choices=[str(role) for role in Role], help="what it may do")
     create.add_argument("--days", type=int, help="days until it expires; never by default")
     commands.add_parser("list", help="ids, names and roles, one JSON object for each key")
     commands.add_parser("revoke", help="refuse a key from now on").add_argument("id", help="of the list")

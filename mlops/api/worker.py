@@ -1,6 +1,8 @@
 """The worker process: takes jobs from the queue, keeps weights warm, loads new versions, and tidies up.
 
 python -m mlops.api.worker
+
+With `--attached` it ends when its stdin is closed: so `mlops/docker/api_server.py` starts it.
 """
 
 import argparse

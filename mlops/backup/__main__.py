@@ -63,7 +63,9 @@ def parse() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("create", help="save folders and files; prints the backup's name")
-    made.add_argument("--from", dest="sources", nargs="+", type=Path, required=True, metavar="PATH")
+    made.add_argument(
+        "--from", dest="sources", nargs="+", type=Path, required=True, metavar="PATH", help="what is kept"
+    )
     made.add_argument("--to", required=True, metavar="URL", help="a folder, s3://, gs:// or abfs://")
     made.add_argument("--with-keys", action="store_true", help="also keys.json, *.key and *.pem")
     made.add_argument("--textfile", type=Path, metavar="FILE", help="metrics of this backup for Prometheus")
@@ -77,7 +79,7 @@ def parse() -> argparse.Namespace:
     for command in (back, checked):
         command.add_argument("--backup", metavar="NAME", help="the newest by default")
     back.add_argument("--source", metavar="NAME", help="which of the folders that were saved, by its name")
-    back.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    back.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="an empty folder")
     back.add_argument("--overwrite", action="store_true", help="the folder need not be empty; replace what is in it")
     for command, needed in ((made, False), (old, True)):
         command.add_argument(

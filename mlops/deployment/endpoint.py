@@ -4,6 +4,8 @@ python -m mlops.deployment.endpoint show --environment dev
 python -m mlops.deployment.endpoint deploy --environment dev --color green --model ldm3d-diffusion:3 --identity ID
 python -m mlops.deployment.endpoint traffic --environment dev --color green --percent 10
 python -m mlops.deployment.endpoint remove --environment dev --color blue
+
+`--workspaces` names another list of workspaces than mlops/azure/workspace_config.yml.
 """
 
 import argparse
@@ -212,14 +214,16 @@ def parse() -> argparse.Namespace:
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("--environment", default="dev", help="which of the workspaces")
-        action.add_argument("--workspaces", type=Path, default=ROOT / "mlops/azure/workspace_config.yml")
+        action.add_argument(
+            "--workspaces", type=Path, default=ROOT / "mlops/azure/workspace_config.yml", help="the list of workspaces"
+        )
         if name != "show":
-            action.add_argument("--color", choices=COLORS, required=True)
+            action.add_argument("--color", choices=COLORS, required=True, help="of the deployment")
         if name == "deploy":
             action.add_argument("--model", required=True, help="registered model, name:version")
             action.add_argument("--identity", required=True, help="endpointIdentityId of infrastructure.json's outputs")
         if name == "traffic":
-            action.add_argument("--percent", type=percent, required=True)
+            action.add_argument("--percent", type=percent, required=True, help="share of the requests")
     return parser.parse_args()
 
 

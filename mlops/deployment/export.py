@@ -4,7 +4,8 @@
     python exported/run_exported.py exported --num 4 --seed 0
 
 Written are U-Net and decoder as `torch.export` programs (.pt2) for one volume at a time on a CPU, `exported.json` with
-all that is needed to use them, and the program that does so. Shapes, sampler and number of steps are fixed by it.
+all that is needed to use them, and the program that does so. Shapes, sampler and number of steps are fixed by it:
+`--scheduler` and `--steps` choose others than the weights suggest.
 """
 
 import json

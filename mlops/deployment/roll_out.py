@@ -205,7 +205,9 @@ def parse() -> argparse.Namespace:
         commands.add_parser(name, help=does).add_argument("file", type=Path)
     applied = commands.add_parser("apply", help="roll out, and wait until it runs")
     applied.add_argument("--overlay", required=True, help="a folder of mlops/kubernetes-overlays, or another one")
-    applied.add_argument("--image", dest="images", action="append", required=True, metavar="VARIANT=IMAGE@DIGEST")
+    applied.add_argument(
+        "--image", dest="images", action="append", required=True, metavar="VARIANT=IMAGE@DIGEST", help="what is to run"
+    )
     checked = commands.add_parser("check", help="smoke test, and whether it stays well")
     checked.add_argument("--version", default="", help="which must answer; any by default")
     checked.add_argument("--watch", type=float, default=0, metavar="SECONDS", help="stay and look; 0 by default")

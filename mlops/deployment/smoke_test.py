@@ -2,7 +2,8 @@
 
     SMOKE_TEST_KEY=... python -m mlops.deployment.smoke_test http://127.0.0.1:8000 --version 0.1.0
 
-Needs nothing but Python: where a deployment's credentials are, nothing is installed.
+It waits at most `--seconds` until the service is ready and has made a brain. It needs nothing but Python: where a
+deployment's credentials are, nothing is installed.
 
 Exit status: 0 it does, 1 it does not, 2 a mistake in what was asked for.
 """

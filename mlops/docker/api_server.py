@@ -1,7 +1,7 @@
 """Start the service: the web process, and beside it the worker that generates.
 
 python mlops/docker/api_server.py
-python mlops/docker/api_server.py --host 0.0.0.0 --port 8000
+python mlops/docker/api_server.py --host 0.0.0.0 --port 8000 --data-dir service_data --workers 1
 
 Everything else is set by environment variables `LDM3D_...`: see docs/API.md.
 """

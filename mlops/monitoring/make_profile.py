@@ -3,6 +3,7 @@
 python -m mlops.monitoring.make_profile -c config/config_demo.json -e config/environment_sample.json
 
 Measures the data that the weights in `model_dir` were trained on and writes `reference_profile.json` beside them.
+`--set` replaces a key of the config, as with the scripts.
 """
 
 from pathlib import Path

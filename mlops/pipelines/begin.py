@@ -1,6 +1,8 @@
 """What a step begins with: the environment file for the scripts, and what the steps before it have published.
 
 python -m mlops.pipelines.begin --data DATA --model MODEL --take SPLIT --environment environment.json
+
+`--output` names a folder for generated volumes other than `samples` in the model's.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """What an asset is and what it was made of: `lineage.json` in its folder, with its parents' digests and versions.
 
 python -m mlops.pipelines.lineage --kind split --name ldm3d-split --version 3 --folder SPLIT --parent-data brats:1 DATA
+
+`--parent` names the folder of another asset, `--parent-start` the weights that a training began with.
 """
 
 import argparse
@@ -118,10 +120,12 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = Parser(prog="python -m mlops.pipelines.lineage", description=__doc__.splitlines()[0])
-    parser.add_argument("--kind", choices=[kind for kind in CONTENT if kind != "data"], required=True)
+    parser.add_argument(
+        "--kind", choices=[kind for kind in CONTENT if kind != "data"], required=True, help="what it is"
+    )
     parser.add_argument("--name", required=True, help="name of the asset")
-    parser.add_argument("--version", required=True)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--version", required=True, help="version of the asset")
+    parser.add_argument("--folder", type=Path, required=True, help="where the asset is")
     parser.add_argument("--parent", type=Path, action="append", default=[], help="folder of another asset")
     parser.add_argument(
         "--parent-data", nargs=2, metavar=("NAME:VERSION", "FOLDER"), help="raw data that it is made of"

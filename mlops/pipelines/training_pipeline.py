@@ -2,6 +2,8 @@
 
 python -m mlops.pipelines.training_pipeline show
 python -m mlops.pipelines.training_pipeline submit --environment dev
+
+`--config` and `--workspaces` name other files than pipeline_config.yml beside it and mlops/azure/workspace_config.yml.
 """
 
 import argparse
@@ -119,8 +121,12 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = Parser(prog="python -m mlops.pipelines.training_pipeline", description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("show", "submit"), help="print the job as JSON, or start it")
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("pipeline_config.yml"))
-    parser.add_argument("--workspaces", type=Path, default=ROOT / "mlops/azure/workspace_config.yml")
+    parser.add_argument(
+        "--config", type=Path, default=Path(__file__).with_name("pipeline_config.yml"), help="of the pipeline"
+    )
+    parser.add_argument(
+        "--workspaces", type=Path, default=ROOT / "mlops/azure/workspace_config.yml", help="the list of workspaces"
+    )
     parser.add_argument("--environment", default="dev", help="which of the workspaces")
     parser.add_argument("--version", help="of the assets that it makes (default: the time)")
     return parser.parse_args()

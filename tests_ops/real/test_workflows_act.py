@@ -66,7 +66,7 @@ class Place:
         # Ten minutes are a long time to look at a service in a test.
         release.write_text(re.sub(r"watch-seconds: [1-9]\d*", "watch-seconds: 1", release.read_text()))
         self.write("mlops/pipelines/gate.py", "import os, sys\nsys.exit(int(os.environ['GATE']))\n")
-        self.write("Makefile", "lint check-ops audit:\n\t@echo made $@\n")
+        self.write("Makefile", "lint docs check-ops audit:\n\t@echo made $@\n")
         self.write(".ci/run", "echo made tests\n")
         self.write("mlops/kubernetes-overlays/overlay/kustomization.yaml", "resources: [all.yaml]\n")
         self.write("mlops/kubernetes-overlays/overlay/all.yaml", OVERLAY)
@@ -258,7 +258,7 @@ def test_a_release_goes_from_its_tag_to_production(service: Service, tmp_path: P
     assert done.code == 0, done.said[-4000:]
     assert done.said.count("ok: a brain of ") == 3
     assert done.said.count("ok: well for 1 s") == 2  # dev is not watched
-    assert all(f"made {target}" in done.said for target in ("lint", "tests", "check-ops", "audit"))
+    assert all(f"made {target}" in done.said for target in ("lint", "tests", "docs", "check-ops", "audit"))
     asked = beginnings(done.calls)
     pushed = asked.index("docker/build-push-action")  # of ci.yml
     released = [n for n, call in enumerate(asked) if call == "docker/build-push-action"][1:]

@@ -15,7 +15,7 @@ GITHUB = ROOT / ".github"
 GUIDE = ROOT / "docs" / "CICD.md"
 PINNED = re.compile(r"^[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")
 LONGEST_MINUTES = 180
-ENTRANCES = ("lint", ".ci/run", "check-ops", "audit")
+ENTRANCES = ("lint", ".ci/run", "docs", "check-ops", "audit")
 """What CI must run: make targets, and the script that any machine has."""
 STAGES = ["quality", "test", "build", "scan", "sign", "provenance", "dev", "staging", "production"]
 ENVIRONMENTS = {"dev", "staging", "production", "models"}
@@ -121,9 +121,7 @@ def commands(github: Path) -> list[str]:
             exists = target in targets if target else path.exists() or path.with_suffix(".py").exists()
             if not exists:
                 found.append(f"{place}: {target or file or module}: there is no such thing")
-    return found + [
-        f"nothing runs {name}" for name in ("lint", ".ci/run", "check-ops", "audit") if name not in run_at_all
-    ]
+    return found + [f"nothing runs {name}" for name in ENTRANCES if name not in run_at_all]
 
 
 def values(github: Path) -> list[str]:
