@@ -1,6 +1,6 @@
 """The tutorial: how it is run, in a copy of what it needs.
 
-python tests/notebook.py    runs it from top to bottom and writes what it shows into 3d_ldm_tutorial.ipynb
+python tests/notebooks.py   runs it from top to bottom and writes what it shows into 3d_ldm_tutorial.ipynb
 """
 
 import hashlib
