@@ -11,13 +11,14 @@ SCRATCH := -c config/config_demo.json -e config/environment_demo_scratch.json
 WEIGHTS := checkpoints/demo
 NUM_PHANTOMS := 420
 
-.PHONY: help demo demo-scratch sample serve bench bench-gpu lint test docs check-ops test-ops audit clean
+.PHONY: help demo demo-scratch sample serve notebook bench bench-gpu lint test docs check-ops test-ops audit clean
 
 help:
 	@echo "make demo          train on the embedded data from the demo weights, sample, evaluate (about 10 minutes)"
 	@echo "make demo-scratch  make the demo weights from nothing (up to 2 hours on 2 cores)"
 	@echo "make sample        generate 4 brains with the demo weights (under 3 minutes)"
 	@echo "make serve         the service with the demo weights, and its page, at http://127.0.0.1:8000/"
+	@echo "make notebook      the tutorial 3d_ldm_tutorial.ipynb in JupyterLab"
 	@echo "make bench         speed and memory against the reference recipe, on a CPU (under 10 minutes)"
 	@echo "make bench-gpu     the same on one GPU (under 10 minutes)"
 	@echo "make test          linters, types and the whole test suite"
@@ -36,6 +37,11 @@ $(VENV)/run: requirements.txt
 $(VENV)/service: requirements-service.txt $(VENV)/run
 	@echo "== environment: $(VENV), with requirements-service.txt"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-service.txt
+	@touch $@
+
+$(VENV)/notebook: requirements-notebook.txt $(VENV)/run
+	@echo "== environment: $(VENV), with requirements-notebook.txt"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-notebook.txt
 	@touch $@
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/service
@@ -79,6 +85,9 @@ sample: $(VENV)/run
 
 serve: $(VENV)/service
 	@exec $(PY) mlops/docker/api_server.py
+
+notebook: $(VENV)/notebook
+	@exec $(VENV)/bin/jupyter lab 3d_ldm_tutorial.ipynb
 
 bench: $(VENV)/dev
 	@for part in train_step sampling data loss growth plot; do \
@@ -148,5 +157,5 @@ audit: $(OPS)/run
 	@$(OPS)/bin/pip-audit --strict --disable-pip --require-hashes -r mlops/docker/locks/cuda-py3.11.txt
 
 clean:
-	rm -rf results/demo results/demo_scratch results/sample runs/demo runs/demo_scratch \
+	rm -rf results/demo results/demo_scratch results/sample results/tutorial runs/demo runs/demo_scratch \
 	  checkpoints/demo_run checkpoints/demo_scratch data/phantom/cache
