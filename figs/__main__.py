@@ -4,7 +4,8 @@
     python -m figs ldm growth
     python -m figs --tree ../other-clone
 
-What costs time is not done here: `make figures` samples, `make demo` and `make demo-scratch` train, `make bench` measures.
+What costs time is done elsewhere:
+`make sample` samples, `make demo` and `make demo-scratch` train, `make bench` measures.
 """
 
 import json

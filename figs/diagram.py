@@ -14,6 +14,7 @@ from ldm3d.sections import RFlowSchedule
 
 # One unit of the drawing is a twentieth of an inch.
 ACROSS, HIGH = 20 * WIDTH, 176.0
+TIMES = " \N{MULTIPLICATION SIGN} "
 TILE = 18.0
 """Height of a picture of a volume."""
 PALE = {BLUE: "#d6e8f5", ORANGE: "#fbe3d3", GREEN: "#d9f0e6"}
@@ -30,7 +31,7 @@ def texts(cfg: Config) -> dict[str, str]:
     size, coder, unet = cfg.diffusion_train.patch_size, cfg.autoencoder_def, cfg.diffusion_def
     voxels, numbers = int(np.prod((cfg.image_channels, *size))), int(np.prod(cfg.latent_shape))
     levels = {
-        f"unet {level}": f"{channels} × {_product(n // 2**level for n in cfg.latent_shape[1:])}"
+        f"unet {level}": f"{channels}{TIMES}{_product(n // 2**level for n in cfg.latent_shape[1:])}"
         + " + attention" * unet.attention_levels[level]
         for level, channels in enumerate(unet.channels)
     }
@@ -50,7 +51,7 @@ def texts(cfg: Config) -> dict[str, str]:
 
 
 def _product(numbers: Any) -> str:
-    return " × ".join(f"{n:g}" for n in numbers)
+    return TIMES.join(f"{n:g}" for n in numbers)
 
 
 def draw_diagram(cfg: Config, shown: Pictures) -> Any:
@@ -196,7 +197,7 @@ def _sampling(sheet: Sheet, said: dict[str, str], shown: Pictures) -> None:
         x += width
         if number + 1 < len(shown.steps):
             sheet.arrow((x + 1, upper), (x + between - 1, upper))
-            sheet.text(x + between / 2, upper + 2.6, f"{shown.steps[number + 1] - step} × U-Net")
+            sheet.text(x + between / 2, upper + 2.6, f"{shown.steps[number + 1] - step}{TIMES}U-Net")
             x += between
     sheet.text(x + 2, upper, f"a step:\nz + output / {said['steps']}", ha="left")
     sheet.text(x + 2, lower, f"clipped to 0 to 1,\nwritten as NIfTI,\n{said['spacing']}", ha="left")

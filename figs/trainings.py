@@ -60,7 +60,7 @@ def val_recon(curves: dict[str, Any], volume: list[np.ndarray], reconstruction: 
         chart.plot(*points(stage, f"validation/{name}"), marker="o", color=BLUE, label="held out, the latent's mean")
         chart.set(title=title, ylabel=unit)
     charts[0, 0].plot(*points(stage, "train/reconstruction"), "--", color=ORANGE, label="training, latents sampled")
-    charts[0, 0].legend()
+    charts[0, 0].legend(loc="upper right")
     _epochs(charts[0], stage)
     error = [ERROR_TIMES * np.abs(a - b) for a, b in zip(volume, reconstruction, strict=True)]
     titles = ("phantom, not trained on", "its reconstruction", f"|error|, {ERROR_TIMES} times as bright")
@@ -109,8 +109,8 @@ def points(stage: Stage, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def smooth(values: np.ndarray, width: int = SMOOTHED_OVER) -> np.ndarray:
     """Running mean, centred; of fewer values at both ends."""
-    window = np.ones(width)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+    half = width // 2
+    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
 def _gradient(axes: Any, stage: Stage) -> None:
