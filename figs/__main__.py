@@ -34,16 +34,16 @@ CONFIG, WEIGHTS = ROOT / "config" / "config_demo.json", ROOT / "checkpoints" / "
 MODEL = (CONFIG, WEIGHTS / AUTOENCODER, WEIGHTS / UNET)
 CURVES, DEMO = HERE / "curves.json", HERE / "demo_metrics.json"
 DEMO_WIDTH = 1200
-BRAIN_COLOURS = 40
+BRAIN_GREYS = 86
 """Of pictures that are mostly brains: noise hides the steps between so many greys, and the files stay small."""
 
 
 class Figure(NamedTuple):
-    """A picture, what it is drawn from, and how many colours it needs."""
+    """A picture, what it is drawn from, and how many greys it has if it has no colours."""
 
     draw: Callable[[], Any]
     sources: tuple[Path, ...]
-    colours: int = 256
+    greys: int = 0
 
 
 def results(*names: str) -> tuple[Path, ...]:
@@ -73,7 +73,7 @@ def val_recon() -> Any:
 
 
 def samples(plane: str) -> Figure:
-    return Figure(lambda: draw_samples(plane, *read_samples()), MODEL, BRAIN_COLOURS)
+    return Figure(lambda: draw_samples(plane, *read_samples()), MODEL, BRAIN_GREYS)
 
 
 FIGURES = {
@@ -107,7 +107,7 @@ def main() -> None:
 
 def draw(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context(STYLE):
-        write(as_image(figure.draw()), path, figure.sources, figure.colours)
+        write(as_image(figure.draw()), path, figure.sources, figure.greys)
     log(f"{path.relative_to(path.parents[1])}: {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -120,7 +120,7 @@ def renew_demo(found: Path, here: Path) -> None:
         with Image.open(found / f"{name}.png") as image:
             height = round(image.height * DEMO_WIDTH / image.width)
             smaller = image.convert("L").resize((DEMO_WIDTH, height), Image.Resampling.LANCZOS)
-        write(smaller, here / f"demo_{name}.png", [here / "demo_metrics.json"], BRAIN_COLOURS)
+        write(smaller, here / f"demo_{name}.png", [here / "demo_metrics.json"], BRAIN_GREYS)
 
 
 if __name__ == "__main__":

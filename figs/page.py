@@ -79,13 +79,23 @@ def as_image(figure: Figure) -> Image.Image:
     return Image.open(buffer)
 
 
-def write(image: Image.Image, path: Path, sources: Sequence[Path], colours: int = 256) -> None:
-    """Write an indexed PNG file, which is half as large as others, with names and digests of what it was drawn from."""
+def write(image: Image.Image, path: Path, sources: Sequence[Path], greys: int = 0) -> None:
+    """Write a small PNG file that says what it was drawn from.
+
+    Args:
+        image: any.
+        path: where to.
+        sources: of what names and digests are noted.
+        greys: write so many evenly spaced greys; if 0, the 256 colours that suit the image best.
+    """
     text = PngInfo()
     text.add_text(SOURCES, digests(sources))
-    indexed = image.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    if greys:
+        small = image.convert("L").point([round(round(v * (greys - 1) / 255) * 255 / (greys - 1)) for v in range(256)])
+    else:
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     with atomic_path(path) as temporary:
-        indexed.save(temporary, format="PNG", optimize=True, pnginfo=text, dpi=(DPI, DPI))
+        small.save(temporary, format="PNG", optimize=True, pnginfo=text, dpi=(DPI, DPI))
 
 
 def digests(sources: Iterable[Path]) -> str:
