@@ -34,7 +34,7 @@ def read(folder: Path) -> dict[str, Any]:
 
     Returns:
         `run`: its folder; `began`, `ended`: times of the first and last event; `epochs`, `batch_size`,
-        `steps_per_epoch`; `scalars`: name -> `steps` and `values`. Steps count from the start of the stage.
+        `max_grad_norm`, `steps_per_epoch`; `scalars`: name -> `steps` and `values`. Steps count from the stage's start.
 
     Raises:
         DataError: there are no events of a training.
@@ -53,6 +53,7 @@ def read(folder: Path) -> dict[str, Any]:
         "ended": _date(max(times)),
         "epochs": train["max_epochs"],
         "batch_size": train["batch_size"] * train["accumulate_steps"],
+        "max_grad_norm": train["max_grad_norm"],
         "steps_per_epoch": scalars["train/loss"][0].step,
         "scalars": {
             tag: {"steps": [e.step for e in curve], "values": [float(f"{e.value:.{DIGITS}g}") for e in curve]}

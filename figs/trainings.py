@@ -115,7 +115,9 @@ def smooth(values: np.ndarray, width: int = SMOOTHED_OVER) -> np.ndarray:
 
 def _gradient(axes: Any, stage: Stage) -> None:
     axes.plot(*points(stage, "train/gradient_norm"), color=BLUE)
-    axes.set(title="gradient before clipping", ylabel="norm, mean of each epoch", ylim=(0, None))
+    axes.axhline(stage["max_grad_norm"], color=GREY, linestyle=":", label="clipped above")
+    axes.set(title="norm of the gradient", ylabel="mean of each epoch", ylim=(0, None))
+    axes.legend()
 
 
 def _rate(axes: Any, stage: Stage) -> None:

@@ -50,7 +50,7 @@ def written(folder: Path, epochs: int = EPOCHS) -> Path:
     """A run of both stages as the scripts write it, of `EPOCHS` epochs in all; values are the epochs' numbers."""
     for stage, measures in MEASURES.items():
         events = EventFile(folder / stage)
-        train = {"max_epochs": EPOCHS, "batch_size": 3, "accumulate_steps": 2}
+        train = {"max_epochs": EPOCHS, "batch_size": 3, "accumulate_steps": 2, "max_grad_norm": 1.5}
         events.add(summary.text("config", f"```json\n{json.dumps({f'{stage}_train': train})}\n```"))
         for epoch in range(1, epochs + 1):
             names = ["train/" + name for name in ("loss", "reconstruction", "kl", "gradient_norm", "learning_rate")]
@@ -101,7 +101,7 @@ def test_curves_are_drawn_as_they_were_measured(run: Path) -> None:
     by_epoch = [[float(n), float(n)] for n in range(1, EPOCHS + 1)]
     loss, gradient, rate = trainings.train_recon(both).axes[:3]
     assert drawn_points(loss) == [by_epoch] * 3
-    assert drawn_points(gradient) == [by_epoch]
+    assert drawn_points(gradient) == [by_epoch, [[0, 1.5], [1, 1.5]]]
     assert drawn_points(rate) == [[[n, 1000 * value] for n, value in by_epoch]]
     assert drawn_points(trainings.train_diffusion(both).axes[0])[0] == by_epoch
     loss, level = trainings.val_diffusion(both).axes[:2]
