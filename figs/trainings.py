@@ -20,7 +20,7 @@ def train_recon(curves: dict[str, Any]) -> Any:
     for name, label, colour, line in (*lines, ("kl", "KL, with its weight", GREEN, ":")):
         loss.plot(*points(stage, f"train/{name}"), line, marker="o", color=colour, label=label)
     loss.set(title="training loss, mean of each epoch", ylabel="loss (intensities 0 to 1)", ylim=(0, None))
-    loss.legend()
+    loss.legend(loc="center", bbox_to_anchor=(0.6, 0.33))
     _gradient(gradient, stage)
     _rate(rate, stage)
     _epochs((loss, gradient, rate), stage)
@@ -60,7 +60,8 @@ def val_recon(curves: dict[str, Any], volume: list[np.ndarray], reconstruction: 
         chart.plot(*points(stage, f"validation/{name}"), marker="o", color=BLUE, label="held out, the latent's mean")
         chart.set(title=title, ylabel=unit)
     charts[0, 0].plot(*points(stage, "train/reconstruction"), "--", color=ORANGE, label="training, latents sampled")
-    charts[0, 0].legend(loc="upper right")
+    charts[0, 0].set_ylim(0)
+    charts[0, 0].legend(loc="lower left")
     _epochs(charts[0], stage)
     error = [ERROR_TIMES * np.abs(a - b) for a, b in zip(volume, reconstruction, strict=True)]
     titles = ("phantom, not trained on", "its reconstruction", f"|error|, {ERROR_TIMES} times as bright")
