@@ -46,8 +46,17 @@ MEASURES = {
 }
 
 
+def value(name: str, epoch: int) -> float:
+    """Another one for each curve and epoch."""
+    return float(epoch + sum(name.encode()))
+
+
+def curve(name: str, *epochs: int, times: float = 1) -> list[list[float]]:
+    return [[float(epoch), times * value(name, epoch)] for epoch in epochs or range(1, EPOCHS + 1)]
+
+
 def written(folder: Path, epochs: int = EPOCHS) -> Path:
-    """A run of both stages as the scripts write it, of `EPOCHS` epochs in all; values are the epochs' numbers."""
+    """A run of both stages as the scripts write it, of `EPOCHS` epochs in all."""
     for stage, measures in MEASURES.items():
         events = EventFile(folder / stage)
         train = {"max_epochs": EPOCHS, "batch_size": 3, "accumulate_steps": 2, "max_grad_norm": 1.5}
@@ -56,7 +65,7 @@ def written(folder: Path, epochs: int = EPOCHS) -> Path:
             names = ["train/" + name for name in ("loss", "reconstruction", "kl", "gradient_norm", "learning_rate")]
             names += [f"validation/{name}" for name in measures if epoch % 2 == 0]
             for name in [*names, "performance/peak_gib"]:
-                events.add(summary.scalar(name, epoch), epoch * STEPS)
+                events.add(summary.scalar(name, value(name, epoch)), epoch * STEPS)
         events.close()
     return folder
 
@@ -73,9 +82,8 @@ def test_an_extract_holds_what_the_event_files_do(run: Path, tmp_path: Path) -> 
     assert (stage["batch_size"], stage["steps_per_epoch"]) == (6, STEPS)
     assert stage["began"][:2] == "20" and stage["began"] <= stage["ended"]
     assert not any(name.startswith("performance") for name in stage["scalars"])
-    epochs, values = trainings.points(stage, "train/kl")
-    np.testing.assert_array_equal(epochs, values)
-    assert trainings.points(stage, "validation/l1")[0].tolist() == [2, 4]
+    assert np.transpose(trainings.points(stage, "train/kl")).tolist() == curve("train/kl")
+    assert np.transpose(trainings.points(stage, "validation/l1")).tolist() == curve("validation/l1", 2, 4)
 
 
 def test_a_run_that_has_not_ended_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,19 +106,21 @@ def drawn_points(axes: Any) -> list[list[list[float]]]:
 
 def test_curves_are_drawn_as_they_were_measured(run: Path) -> None:
     both = {stage: curves.read(run / stage) for stage in curves.STAGES}
-    by_epoch = [[float(n), float(n)] for n in range(1, EPOCHS + 1)]
     loss, gradient, rate = trainings.train_recon(both).axes[:3]
-    assert drawn_points(loss) == [by_epoch] * 3
-    assert drawn_points(gradient) == [by_epoch, [[0, 1.5], [1, 1.5]]]
-    assert drawn_points(rate) == [[[n, 1000 * value] for n, value in by_epoch]]
-    assert drawn_points(trainings.train_diffusion(both).axes[0])[0] == by_epoch
+    assert drawn_points(loss) == [curve(f"train/{name}") for name in ("loss", "reconstruction", "kl")]
+    assert drawn_points(gradient) == [curve("train/gradient_norm"), [[0, 1.5], [1, 1.5]]]
+    assert drawn_points(rate) == [curve("train/learning_rate", times=1000)]
+    assert drawn_points(trainings.train_diffusion(both).axes[0])[0] == curve("train/loss")
     loss, level = trainings.val_diffusion(both).axes[:2]
-    assert drawn_points(loss) == [[[2.0, 2.0], [4.0, 4.0]]]
-    assert [[y for _, y in line] for line in drawn_points(level)] == [[2.0] * 8, [4.0] * 8]
+    assert drawn_points(loss) == [curve("validation/loss", 2, 4)]
+    by_level = [[value(f"validation/level_{i}", epoch) for i in range(1, 9)] for epoch in (2, 4)]
+    assert [[y for _, y in line] for line in drawn_points(level)] == by_level
     assert drawn_points(level)[0][0][0] == 1 / 16  # the middle of the first of 8 levels
     planes = [np.zeros((8, 6)), np.ones((6, 8))]
     l1, psnr, ssim, *tiles = trainings.val_recon(both, planes, planes).axes[:6]
-    assert drawn_points(psnr) == drawn_points(ssim) == drawn_points(l1)[:1] == [[[2.0, 2.0], [4.0, 4.0]]]
+    assert drawn_points(l1) == [curve("validation/l1", 2, 4), curve("train/reconstruction")]
+    assert drawn_points(psnr) == [curve("validation/psnr_db", 2, 4)]
+    assert drawn_points(ssim) == [curve("validation/ssim", 2, 4)]
     assert [tile.images[0].get_array().shape for tile in tiles] == [(8, 14)] * 3
     assert tiles[2].images[0].get_array().max() == 0
 
