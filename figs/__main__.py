@@ -99,8 +99,9 @@ def main() -> None:
     unknown = [name for name in args.names if name not in FIGURES]
     if unknown:
         parser.error(f"{unknown[0]}: no such picture; there are {', '.join(FIGURES)}")
-    curves.renew(args.tree / "runs" / "demo_scratch", CURVES)
-    renew_demo(args.tree / "results" / "demo", HERE)
+    if not args.names:  # else pictures that are not drawn would be of other data than the new
+        curves.renew(args.tree / "runs" / "demo_scratch", CURVES)
+        renew_demo(args.tree / "results" / "demo", HERE)
     for name in args.names or FIGURES:
         draw(FIGURES[name], HERE / f"{name}.png")
 
