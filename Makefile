@@ -10,8 +10,10 @@ DEMO := -c config/config_demo.json -e config/environment_demo.json
 SCRATCH := -c config/config_demo.json -e config/environment_demo_scratch.json
 WEIGHTS := checkpoints/demo
 NUM_PHANTOMS := 420
+# Another clone, where `make demo` or `make demo-scratch` was run, for the pictures of these.
+TREE := .
 
-.PHONY: help demo demo-scratch sample serve notebook bench bench-gpu lint test docs check-ops test-ops audit clean
+.PHONY: help demo demo-scratch sample serve notebook figures bench bench-gpu lint test docs check-ops test-ops audit clean
 
 help:
 	@echo "make demo          train on the embedded data from the demo weights, sample, evaluate (about 10 minutes)"
@@ -19,6 +21,7 @@ help:
 	@echo "make sample        generate 4 brains with the demo weights (under 3 minutes)"
 	@echo "make serve         the service with the demo weights, and its page, at http://127.0.0.1:8000/"
 	@echo "make notebook      the tutorial 3d_ldm_tutorial.ipynb in JupyterLab"
+	@echo "make figures       draw the pictures in figs (a minute, where packages are installed)"
 	@echo "make bench         speed and memory against the reference recipe, on a CPU (under 10 minutes)"
 	@echo "make bench-gpu     the same on one GPU (under 10 minutes)"
 	@echo "make test          linters, types and the whole test suite"
@@ -82,6 +85,16 @@ demo-scratch: $(VENV)/run data/phantom/Task01_BrainTumour/dataset.json
 sample: $(VENV)/run
 	@echo "== 4 brains with the demo weights in $(WEIGHTS)"
 	@$(PY) inference.py -c config/config_demo.json -e config/environment_sample.json --num 4
+
+results/sample/synimg_0_3.nii.gz: $(WEIGHTS)/autoencoder.safetensors $(WEIGHTS)/diffusion_unet.safetensors
+	@$(MAKE) --no-print-directory sample
+
+# Curves and demo's pictures are renewed where there are whole runs; else they are drawn from what is kept beside them.
+figures: $(VENV)/dev results/sample/synimg_0_3.nii.gz
+	@echo "== pictures"
+	@$(PY) -m figs --tree $(TREE)
+	@$(PY) -m benchmarks.plot > /dev/null
+	@echo "== they are in figs; figs/README.md says what each shows"
 
 serve: $(VENV)/service
 	@exec $(PY) mlops/docker/api_server.py

@@ -23,6 +23,8 @@ LABEL_ALPHA = 0.25
 LIGHT, GREY = (235, 235, 235), (150, 150, 150)
 PICTURE_WIDTH, HIGHEST_TILE = 1800, 380
 MARGIN, GAP, GROUP_GAP = 14, 6, 26
+# Letters of at least 7 points where the picture is shown 800 pixels wide, as pages on the web do.
+TITLE, NAME, CAPTION, SIDE = 28, 25, 22, 21
 # What nobody can tell from black on a screen.
 BLACK = 0.02
 
@@ -156,9 +158,9 @@ def montage(
     everything = [cell for row in cells.values() for cell in row]
     width = (PICTURE_WIDTH - 2 * MARGIN - (widest - 1) * GROUP_GAP) // widest
     scale = _pixels_per_mm(everything, width)
-    lines = [_text(title, 20, LIGHT)] if title else []
+    lines = [_text(title, TITLE, LIGHT)] if title else []
     for name, row in cells.items():
-        lines.append(_text(name, 17, LIGHT))
+        lines.append(_text(name, NAME, LIGHT))
         for start in range(0, len(row), per_line):
             groups = [_group(cell, scale) for cell in row[start : start + per_line]]
             lines.append(_beside(groups, GROUP_GAP, align="top"))
@@ -227,12 +229,12 @@ def _group(cell: Cell, scale: float) -> Image.Image:
     planes = _beside(tiles, GAP)
     if not cell.caption:
         return planes
-    return _below([_text(cell.caption, 14, GREY, planes.width), planes], GAP // 2)
+    return _below([_text(cell.caption, CAPTION, GREY, planes.width), planes], GAP // 2)
 
 
 def _mark_sides(tile: Image.Image, left: str, right: str) -> None:
     """Letters in the upper corners, where a head leaves room."""
-    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(SIDE)
     draw.text((2, 1), left, GREY, font, anchor="lt")
     draw.text((tile.width - 2, 1), right, GREY, font, anchor="rt")
 

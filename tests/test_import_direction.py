@@ -87,21 +87,21 @@ def test_errors_imports_nothing() -> None:
 
 
 def test_ldm3d_imports_nothing_above_it() -> None:
-    above = {path.stem for path in scripts()} | {"utils", "mlops", "tests", "benchmarks"}
+    above = {path.stem for path in scripts()} | {"utils", "mlops", "tests", "benchmarks", "figs"}
     for path in (ROOT / "ldm3d").glob("*.py"):
         assert not top_levels(path) & above, path.name
 
 
 def test_utils_and_mlops_import_no_script_and_mlops_not_utils() -> None:
     names = {path.stem for path in scripts()}
-    assert not top_levels(ROOT / "utils.py") & (names | {"mlops", "tests", "benchmarks"})
+    assert not top_levels(ROOT / "utils.py") & (names | {"mlops", "tests", "benchmarks", "figs"})
     for path in (ROOT / "mlops").rglob("*.py"):
         assert not top_levels(path) & (names | {"utils", "tests"}), path
 
 
 @pytest.mark.parametrize("script", scripts(), ids=lambda path: path.stem)
 def test_no_script_imports_another(script: Path) -> None:
-    assert not top_levels(script) & ({path.stem for path in scripts()} | {"mlops", "tests", "benchmarks"})
+    assert not top_levels(script) & ({path.stem for path in scripts()} | {"mlops", "tests", "benchmarks", "figs"})
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def pinned(name: str) -> set[str]:
 def packages_imported(files: list[Path]) -> set[str]:
     """Packages from elsewhere that files import, as they are called where they come from."""
     own = {path.stem for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks") for path in folder.glob("*.py")}
-    names = {name for path in files for name in top_levels(path)} - own - {"ldm3d", "mlops", "benchmarks", ""}
+    names = {name for path in files for name in top_levels(path)} - own - {"ldm3d", "mlops", "benchmarks", "figs", ""}
     return {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in names - set(sys.stdlib_module_names)}
 
 
