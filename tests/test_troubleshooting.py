@@ -9,13 +9,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from documents import ROOT, blocks, first_column, section
 from test_docs import anchors, message_patterns  # noqa: F401 (a fixture)
 
+import train_autoencoder
 import utils
 from ldm3d.allocator import shortage
 from ldm3d.errors import ConfigError
@@ -151,6 +154,13 @@ def test_rank_0_is_waited_for_where_all_have_met_an_error(monkeypatch: pytest.Mo
         code, lines = end_of(partial(raises, ConfigError("what is wrong")), capsys)
         assert code == 2 and waited == expected
         assert lines == (["error: what is wrong"] if rank == "0" else [])
+
+
+def test_a_dry_run_goes_without_a_volume_to_validate_with() -> None:
+    """As a process has none where there are more of them than held-out volumes."""
+    stage = mock.Mock(train_step=lambda *_: {"l1": 0.5}, validate=lambda batches: ({"batches": len(list(batches))}, []))
+    run = mock.Mock(cfg=tiny.config(), device=tiny.CPU)
+    train_autoencoder.dry_run(stage, ([tiny.batch()], []), run)
 
 
 def test_a_taken_port_for_figures_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
