@@ -4,7 +4,7 @@ python train_autoencoder.py -c config/config_train_16g.json -e config/environmen
 """
 
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 import torch
@@ -104,7 +104,8 @@ def dry_run(stage: AutoencoderStage, loaders: tuple[Any, Any], run: Run) -> None
     batch = next(iter(loaders[0]))
     random = StepRandom(run.cfg.seed, 0, len(batch["case"]), run.device)
     terms = stage.train_step(batch, random, stage.has_discriminator)
-    validation, _ = stage.validate([next(iter(loaders[1]))])
+    # Of several processes one may have no volume to validate with.
+    validation, _ = stage.validate(islice(loaders[1], 1))
     log(f"dry run: one step {rounded(terms)}, one validation {rounded(validation)}")
 
 

@@ -4,13 +4,14 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from ldm3d import distributed
-from ldm3d.allocator import keep_freed_memory
+from ldm3d.allocator import keep_freed_memory, shortage
 from ldm3d.checkpoint import LAST, Checkpoints
 from ldm3d.config import load_config, load_environment
 from ldm3d.errors import UserError
@@ -21,6 +22,9 @@ from ldm3d.schema import Config, Environment
 from ldm3d.tracking import open_tracker
 
 EXIT_LOST, EXIT_USER_ERROR = 1, 2
+SECONDS_FOR_RANK_0 = 30.0
+"""For which another process that has met rank 0's error waits: torchrun ends all as soon as one has ended."""
+MEMORY_GUIDE = "docs/TROUBLESHOOTING.md#memory"
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,15 +116,18 @@ def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -
             raise
         if distributed.is_main() or error.met_by_one:
             print(f"error: {error.one_line()}", file=sys.stderr)
+        else:
+            time.sleep(SECONDS_FOR_RANK_0)
         raise SystemExit(EXIT_USER_ERROR) from None
-    except RuntimeError as error:
-        if "--traceback" in sys.argv or not distributed.lost(error):
+    except (RuntimeError, MemoryError) as error:
+        if "--traceback" in sys.argv or not (shortage(error) or distributed.lost(error)):
             raise
-        rank = os.environ["RANK"]
-        print(
-            f"error: rank {rank}: another process has ended or does not answer; {str(error).splitlines()[0]}",
-            file=sys.stderr,
-        )
+        rank = f"rank {os.environ['RANK']}: " if distributed.launched_by_torchrun() else ""
+        if short := shortage(error):
+            print(f"error: {rank}out of memory: {short}; lower batch_size, or see {MEMORY_GUIDE}", file=sys.stderr)
+            raise SystemExit(EXIT_USER_ERROR) from None
+        said = str(error).splitlines()[0]
+        print(f"error: {rank}another process has ended or does not answer; {said}", file=sys.stderr)
         raise SystemExit(EXIT_LOST) from None
     except KeyboardInterrupt as stop:
         if distributed.is_main():

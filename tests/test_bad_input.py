@@ -399,6 +399,7 @@ def test_traceback_for_those_who_ask(desk: Desk, run: Run) -> None:
 
 def test_an_error_that_only_another_process_has_is_said(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(utils.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(utils, "SECONDS_FOR_RANK_0", 0)
     of_one = (NonFiniteLoss(3, {"l1": float("nan")}, ["a"]), LatentsError("a volume of one process"))
     for error, said in ((DataError("known to all"), ""), *((error, "error: ") for error in of_one)):
         with pytest.raises(SystemExit) as stop:

@@ -23,6 +23,8 @@ from prometheus_client import (
 )
 from prometheus_client.mmap_dict import MmapedDict
 
+from ldm3d.errors import ConfigError
+
 log = logging.getLogger("ldm3d.service")
 
 KINDS = ("counter", "histogram", "gauge_mostrecent", "gauge_livemostrecent", "gauge_livesum", "gauge_min")
@@ -161,10 +163,17 @@ def _take_over(dead: Path, kept: Path) -> None:
 
 
 def serve(port: int) -> None:
-    """Serve the metrics of a worker that runs without a web process beside it, on all addresses."""
+    """Serve the metrics of a worker that runs without a web process beside it, on all addresses.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
     for metric in OF_THE_WEB_PROCESS:
         REGISTRY.unregister(metric)
-    start_http_server(port, registry=_registry())
+    try:
+        start_http_server(port, registry=_registry())
+    except OSError as error:
+        raise ConfigError(f"LDM3D_WORKER_METRICS_PORT {port}: cannot listen there: {error.strerror}") from error
 
 
 def _registry() -> CollectorRegistry:

@@ -180,7 +180,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise ConfigError(f"cannot listen at {host}, port {port}: {error.strerror or error}") from error
+        # Python adds the address, which stands here already.
+        reason = (error.strerror or str(error)).split(" (while")[0]
+        raise ConfigError(f"cannot listen at {host}, port {port}: {reason}; LDM3D_PORT names another port") from error
 
 
 def many_connections() -> None:
