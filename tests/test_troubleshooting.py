@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from documents import ROOT, blocks, first_column, section
-from test_docs import anchors, message_patterns  # noqa: F401 (a fixture)
+from documents import ROOT, anchors, blocks, first_column, section
+from test_docs_readme import message_patterns  # noqa: F401 (a fixture)
 
 import train_autoencoder
 import utils
