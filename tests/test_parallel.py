@@ -136,12 +136,14 @@ def test_a_rank_that_is_killed_ends_the_others(desk: Desk, undisturbed: dict[str
 
 
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(desk: Desk) -> None:
-    done = launch(desk, STAGE_1, "--set", "ddp_timeout_seconds=5", faults={"1": [["hang_at_step", 3]]})
+    faults = {"1": [["hang_at_step", 3]]}
+    # torchrun waits half a minute for the one that hangs before it kills it, if it is not told otherwise.
+    done = launch(desk, STAGE_1, "--set", "ddp_timeout_seconds=15", faults=faults, options=("--shutdown-timeout=3",))
     assert done.code != 0 and done.seconds < 90, done.stderr
     assert "error: rank 0: another process has ended or does not answer" in done.stderr
 
 
-def test_a_rank_that_meets_nan_says_so_first(desk: Desk) -> None:
+def test_a_rank_that_meets_nan_says_so_first(desk: Desk, warm: Warm) -> None:
     done = launch(desk, STAGE_1, faults={"1": [["not_finite_at_step", 3, "batch"]]})
     assert done.code != 0
     errors = re.findall("^error: (.*)$", done.stderr, re.M)
@@ -149,7 +151,7 @@ def test_a_rank_that_meets_nan_says_so_first(desk: Desk) -> None:
     assert any("1 of 8192 not finite" in error for error in errors)
     assert done.stderr.index("error: training stopped") < done.stderr.index("ChildFailedError")
     assert (desk.model / "autoencoder_step3_rank1.replay.pt").is_file()
-    again = desk.run_cold(STAGE_1, *desk.files, "--replay", desk.model / "autoencoder_step3_rank1.replay.pt")
+    again = warm.run(desk, STAGE_1, *desk.files, "--replay", desk.model / "autoencoder_step3_rank1.replay.pt")
     assert again.code == 0 and "of input that was not finite" in again.stderr, again.stderr
 
 
