@@ -136,9 +136,7 @@ def test_a_rank_that_is_killed_ends_the_others(desk: Desk, undisturbed: dict[str
 
 
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(desk: Desk) -> None:
-    faults = {"1": [["hang_at_step", 3]]}
-    # torchrun waits half a minute for the one that hangs before it kills it, if it is not told otherwise.
-    done = launch(desk, STAGE_1, "--set", "ddp_timeout_seconds=15", faults=faults, options=("--shutdown-timeout=3",))
+    done = launch(desk, STAGE_1, "--set", "ddp_timeout_seconds=5", faults={"1": [["hang_at_step", 3]]})
     assert done.code != 0 and done.seconds < 90, done.stderr
     assert "error: rank 0: another process has ended or does not answer" in done.stderr
 
