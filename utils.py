@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import ldm3d.quick_start  # noqa: F401  before all that imports monai
 from ldm3d import distributed
 from ldm3d.allocator import keep_freed_memory, shortage
 from ldm3d.checkpoint import LAST, Checkpoints

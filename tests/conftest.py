@@ -1,6 +1,7 @@
 """What the tests that run scripts share: a data set and a model, made once, by the scripts."""
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from scripts import NUM_CASES, Desk, Result, Warm
+
+# Before anything imports torch. The tests run in as many processes as there are cores: with more threads than one each,
+# these wait for each other, and a sample of a tiny network takes ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Where the tests are started in the background of a shell, it has told them to ignore Ctrl-C, and what they start would
 # inherit that.

@@ -22,6 +22,20 @@ def service(tmp_path: Path) -> Iterator[Service]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """For tests that leave it as they found it."""
+    with running(tmp_path_factory.mktemp("shared"), max_batch=2) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared: Service) -> dict[str, str]:
+    """What the long job gives when nothing happens; every service here has the same weights."""
+    with shared.client() as client:
+        return digests(finished(client, client.post("/v1/samples", json=LONG).json()["id"]))
+
+
 def begin_long_job(client: httpx.Client) -> str:
     """A job that has made a volume and is not done."""
     made = client.post("/v1/samples", json=LONG).json()
@@ -40,12 +54,7 @@ def digests(job: dict[str, Any]) -> dict[str, str]:
     return {file["name"]: file["sha256"] for file in job["files"] if not file["name"].endswith(".json")}
 
 
-def expected(client: httpx.Client) -> dict[str, str]:
-    """What the job gives when nothing happens."""
-    return digests(finished(client, client.post("/v1/samples", json=LONG).json()["id"]))
-
-
-def test_a_killed_worker_is_replaced_and_its_job_goes_on(service: Service) -> None:
+def test_a_killed_worker_is_replaced_and_its_job_goes_on(service: Service, undisturbed: dict[str, str]) -> None:
     with service.client() as client:
         job_id = begin_long_job(client)
         (worker,) = service.workers()
@@ -53,7 +62,7 @@ def test_a_killed_worker_is_replaced_and_its_job_goes_on(service: Service) -> No
         os.kill(worker, signal.SIGKILL)
         job = finished(client, job_id)
         assert job["state"] == "done"
-        assert digests(job) == expected(client)
+        assert digests(job) == undisturbed
         assert made
         (died,) = (service.data / "jobs" / job_id).glob("died-*")
         assert str(worker) in died.read_text()
@@ -75,7 +84,7 @@ def test_a_killed_web_process_loses_nothing(service: Service) -> None:
         assert len(client.get("/v1/jobs").json()["jobs"]) == 2
 
 
-def test_both_killed_at_once(service: Service) -> None:
+def test_both_killed_at_once(service: Service, undisturbed: dict[str, str]) -> None:
     with service.client() as client:
         job_id = begin_long_job(client)
     assert service.process
@@ -84,10 +93,10 @@ def test_both_killed_at_once(service: Service) -> None:
     service.stop(signal.SIGKILL)
     service.start()
     with service.client() as client:
-        assert digests(finished(client, job_id)) == expected(client)
+        assert digests(finished(client, job_id)) == undisturbed
 
 
-def test_a_stop_is_quick_and_the_job_goes_on_at_the_next_start(service: Service) -> None:
+def test_a_stop_is_quick_and_the_job_goes_on_at_the_next_start(service: Service, undisturbed: dict[str, str]) -> None:
     with service.client() as client:
         job_id = begin_long_job(client)
     assert service.stop(signal.SIGTERM) == 128 + signal.SIGTERM
@@ -98,7 +107,7 @@ def test_a_stop_is_quick_and_the_job_goes_on_at_the_next_start(service: Service)
     assert kept
     service.start()
     with service.client() as client:
-        assert digests(finished(client, job_id)) == expected(client)
+        assert digests(finished(client, job_id)) == undisturbed
     files = {path.name: path.stat().st_mtime_ns for path in (folder / "files").glob("*.nii.gz")}
     assert files | kept == files  # what was made before the stop was not made again
 
@@ -115,13 +124,13 @@ def test_a_lost_queue_is_filled_again(service: Service) -> None:
         assert finished(client, job_id)["state"] == finished(client, waiting)["state"] == "done"
 
 
-def test_an_event_stream_ends_with_its_job(service: Service) -> None:
-    with service.client() as client:
+def test_an_event_stream_ends_with_its_job(shared: Service) -> None:
+    with shared.client() as client:
         job_id = begin_long_job(client)
         with client.stream("GET", f"/v1/jobs/{job_id}/events") as stream:
             lines = stream.iter_lines()
             next(lines)
-            with service.client() as other:
+            with shared.client() as other:
                 other.delete(f"/v1/jobs/{job_id}")
             last = [line for line in lines if line.startswith(("event", "data"))][-2:]
     assert last[0] == "event: end"
@@ -162,25 +171,27 @@ def test_jobs_that_wait_are_sampled_together_and_come_out_the_same(tmp_path: Pat
     assert float(total.split()[1]) - float(sizes[0].split()[1]) == 3
 
 
-def test_the_web_process_never_loads_torch(service: Service) -> None:
-    assert service.process
-    (worker,) = service.workers()
+def test_the_web_process_never_loads_torch(shared: Service) -> None:
+    assert shared.process
+    (worker,) = shared.workers()
     assert "libtorch" in Path(f"/proc/{worker}/maps").read_text()
-    assert "libtorch" not in Path(f"/proc/{service.process.pid}/maps").read_text()
+    assert "libtorch" not in Path(f"/proc/{shared.process.pid}/maps").read_text()
 
 
-def test_nothing_is_written_outside_the_data_folder(service: Service) -> None:
+def test_a_stopped_service_leaves_its_data_and_no_process(service: Service) -> None:
     with service.client() as client:
         assert client.post("/v1/samples?wait=60", json={"steps": 1}).json()["state"] == "done"
+    processes = [*service.workers(), service.process.pid if service.process else 0]
     service.stop()
+    assert not any(is_running(process) for process in processes)
     assert {path.name for path in service.folder.iterdir()} == {"data", "log.txt", "models.yaml", "weights"}
 
 
-def test_a_second_service_at_the_same_port_is_refused(service: Service) -> None:
-    other = Service(service.folder / "other", port=service.port, models_file=service.models_file).start(wait=False)
+def test_a_second_service_at_the_same_port_is_refused(shared: Service, tmp_path: Path) -> None:
+    other = Service(tmp_path / "other", port=shared.port, models_file=shared.models_file).start(wait=False)
     assert other.process
     assert other.process.wait(30) == 2
-    assert f"error: cannot listen at 127.0.0.1, port {service.port}: Address already in use" in other.log()
+    assert f"error: cannot listen at 127.0.0.1, port {shared.port}: Address already in use" in other.log()
 
 
 @pytest.mark.parametrize("trouble", ["models", "weights", "setting"])
@@ -250,10 +261,3 @@ def test_jobs_are_taken_while_redis_is_down_and_done_when_it_is_back(tmp_path: P
         with redis(tmp_path, port):
             assert finished(client, made.json()["id"])["state"] == "done"
             until(lambda: client.get("/ready").status_code == 200, "ready again")
-
-
-def test_processes_of_a_stopped_service_are_gone(tmp_path: Path) -> None:
-    service = Service(tmp_path).start()
-    processes = [*service.workers(), service.process.pid if service.process else 0]
-    service.stop()
-    assert not any(is_running(process) for process in processes)

@@ -31,11 +31,22 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(publish(folder / name, seed)) for seed, name in enumerate(("old", "new", "other"))}
 
 
-@pytest.fixture
-def service(tmp_path: Path, weights: dict[str, str]) -> Iterator[Service]:
-    models_yaml(tmp_path / "models.yaml", {"1": {"weights": weights["old"]}})
-    with running(tmp_path) as started:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, str]) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("shared")
+    models_yaml(folder / "models.yaml", {"1": {"weights": weights["old"]}})
+    with running(folder) as started:
         yield started
+
+
+@pytest.fixture
+def service(shared: Service, weights: dict[str, str]) -> Service:
+    """The same for all tests; whatever one has made of it, it serves the old weights again."""
+    models_yaml(shared.models_file, {"1": {"weights": weights["old"]}})
+    with shared.client() as client:
+        reloaded = client.post("/v1/admin/reload").json()
+        assert (reloaded["state"], reloaded["versions"]) == ("active", ["tiny/1"])
+    return shared
 
 
 def made_by(client: httpx.Client, seed: int = 0) -> str:
@@ -187,26 +198,33 @@ def test_a_shadow_works_unseen(tmp_path: Path, weights: dict[str, str]) -> None:
         assert "models were not changed" not in service.log()
 
 
-def test_weights_that_end_the_worker_which_tries_them_replace_nothing(service: Service, tmp_path: Path) -> None:
+@pytest.fixture
+def own_service(tmp_path: Path, weights: dict[str, str]) -> Iterator[Service]:
+    models_yaml(tmp_path / "models.yaml", {"1": {"weights": weights["old"]}})
+    with running(tmp_path) as started:
+        yield started
+
+
+def test_weights_that_end_the_worker_which_tries_them_replace_nothing(own_service: Service, tmp_path: Path) -> None:
     """As for want of memory: the next worker must not try them at its start, and end too, for ever."""
     publish(tmp_path / "fatal", 9)
-    models_yaml(service.models_file, {"2": {"weights": str(tmp_path / "fatal")}})
-    service.stop()
+    models_yaml(own_service.models_file, {"2": {"weights": str(tmp_path / "fatal")}})
+    own_service.stop()
     (site := tmp_path / "site").mkdir()
     (site / "sitecustomize.py").write_text(FATAL_TRIAL)
     os.environ["PYTHONPATH"] = str(site)
     try:
-        service.start()
+        own_service.start()
     finally:
         del os.environ["PYTHONPATH"]
-    with service.client() as client:
+    with own_service.client() as client:
         assert made_by(client) == "1"
-        assert "a worker has died of trying the weights" in service.log()
-        deaths = service.log().count("a worker has ended")
+        assert "a worker has died of trying the weights" in own_service.log()
+        deaths = own_service.log().count("a worker has ended")
         reloaded = client.post("/v1/admin/reload").json()  # whoever asks has them tried again
         assert (reloaded["state"], reloaded["versions"]) == ("failed", ["tiny/1"])
         assert "a worker has died" in reloaded["error"]
-        assert service.log().count("a worker has ended") == deaths + 1 == 2
+        assert own_service.log().count("a worker has ended") == deaths + 1 == 2
         until(lambda: client.get("/ready").status_code == 200, "a worker is there")
         assert made_by(client) == "1"
 

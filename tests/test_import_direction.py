@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The rooms of ldm3d. Each imports from those above it only, so there is no circle.
 ROOMS = """
-    errors files rendezvous distributed lock json_lines console definitions sections samplers cards schema config
-    config_page
+    errors quick_start files rendezvous distributed lock json_lines console
+    definitions sections samplers cards schema config config_page
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
     brain reference_profile volume_facts

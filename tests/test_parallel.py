@@ -141,7 +141,7 @@ def test_a_rank_that_hangs_ends_the_others_within_the_timeout(desk: Desk) -> Non
     assert "error: rank 0: another process has ended or does not answer" in done.stderr
 
 
-def test_a_rank_that_meets_nan_says_so_first(desk: Desk) -> None:
+def test_a_rank_that_meets_nan_says_so_first(desk: Desk, warm: Warm) -> None:
     done = launch(desk, STAGE_1, faults={"1": [["not_finite_at_step", 3, "batch"]]})
     assert done.code != 0
     errors = re.findall("^error: (.*)$", done.stderr, re.M)
@@ -149,7 +149,7 @@ def test_a_rank_that_meets_nan_says_so_first(desk: Desk) -> None:
     assert any("1 of 8192 not finite" in error for error in errors)
     assert done.stderr.index("error: training stopped") < done.stderr.index("ChildFailedError")
     assert (desk.model / "autoencoder_step3_rank1.replay.pt").is_file()
-    again = desk.run_cold(STAGE_1, *desk.files, "--replay", desk.model / "autoencoder_step3_rank1.replay.pt")
+    again = warm.run(desk, STAGE_1, *desk.files, "--replay", desk.model / "autoencoder_step3_rank1.replay.pt")
     assert again.code == 0 and "of input that was not finite" in again.stderr, again.stderr
 
 

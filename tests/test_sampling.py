@@ -76,6 +76,22 @@ def test_a_volume_does_not_depend_on_its_batch(settings: dict[str, Any], schedul
     assert torch.equal(sampler.sample(7, [3], scheduler, steps)[0], alone[3])  # after all the others
 
 
+def test_nor_does_it_with_more_threads(two_threads: None) -> None:
+    sampler = latents_of(tiny.config(**FLOW | ODD))
+    together = sampler.sample(7, [3, 0, 1], steps=1)
+    for position, index in enumerate([3, 0, 1]):
+        assert torch.equal(together[position], sampler.sample(7, [index], steps=1)[0]), index
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As a user's process has, and the tests' have not: torch divides its work among them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_decoded_volumes_do_not_depend_on_their_batch_either() -> None:
     sampler = sampler_of(tiny.config(**FLOW))
     alone = [sampler.sample(1, [i], steps=2) for i in range(3)]

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 
 import torch
 
+import ldm3d.quick_start  # noqa: F401  before all that imports monai
 from ldm3d.allocator import keep_freed_memory
 from ldm3d.console import log
 from ldm3d.errors import ConfigError, OutputError, UserError, WeightsError

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ldm3d.quick_start  # noqa: F401  before all that imports monai
 from ldm3d import __version__, distributed
 from ldm3d.allocator import keep_freed_memory
 from ldm3d.console import log
