@@ -43,14 +43,14 @@ def clipping(model: DemoModel, num: int) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(1, 1, 64, 64, 64, generator=generator)
     latents = model.flat.normalise(model.mean)
-    by_clip = {clip: _clean(latents, clip) for clip in (True, False)}
+    by_clip = {clip: clean_latents(latents, clip) for clip in (True, False)}
     generated = {clip: _ddim(model, num, 50, clip) for clip in (True, False)}
     return [
         {
             "difference": "latents clipped to -1 to 1",
             "measured": "spread of standard normal latents",
-            "tutorial": float(_clean(normal, True).std()),
-            "here": float(_clean(normal, False).std()),
+            "tutorial": float(clean_latents(normal, True).std()),
+            "here": float(clean_latents(normal, False).std()),
         },
         {
             "difference": "latents clipped to -1 to 1",
@@ -73,7 +73,7 @@ def clipping(model: DemoModel, num: int) -> list[Row]:
     ]
 
 
-def _clean(latents: Tensor, clip: bool) -> Tensor:
+def clean_latents(latents: Tensor, clip: bool) -> Tensor:
     """What MONAI's scheduler takes for the clean latent where the network predicts the noise exactly."""
     scheduler = DDPMScheduler(NUM_TIMESTEPS, **BETAS, clip_sample=clip)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))

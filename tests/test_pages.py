@@ -2,14 +2,22 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from documents import ROOT
+from monai.networks.schedulers import DDPMScheduler
 from safetensors import safe_open
+from torch import Tensor
 
+from benchmarks.demo_model import DemoModel, roots
+from benchmarks.effects_of_sampling import clean_latents
+from benchmarks.effects_of_training import far
 from benchmarks.measure import RESULTS, table
+from benchmarks.reference import BETAS
 from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard, DiffusionCard, read_card
 from ldm3d.weights import LATENT_MEAN
 
@@ -52,6 +60,34 @@ def test_the_effects_are_as_the_page_says() -> None:
     assert row("way that 30 steps")["here"] == "1.0000"
     assert row("from validation to validation")["here"] == "0.00%"
     assert row("distance of the weights")["here"] == 0 < row("distance of the weights")["tutorial"]
+
+
+def test_a_velocity_network_predicts_the_noise_of_a_ddpm() -> None:
+    """The change of variables by which the demo's network is sampled with DDIM, on a network that knows the answer."""
+    clean, noise = torch.randn(2, 3, 1, 4, 4, 4).unbind()
+    alphas = DDPMScheduler(1000, **BETAS).alphas_cumprod
+    times = torch.tensor([1, 400, 999])
+
+    def velocity(point: Tensor, timesteps: Tensor) -> Tensor:
+        s = (timesteps / 1000).view(-1, 1, 1, 1, 1)
+        torch.testing.assert_close(point, (1 - s) * clean + s * noise)
+        return clean - noise
+
+    model: Any = DemoModel(SimpleNamespace(unet=velocity), clean, clean, noise)  # type: ignore[arg-type]
+    signal, share = (root.view(-1, 1, 1, 1, 1) for root in roots(alphas[times]))
+    predicted = model.noise_predictor(alphas)(signal * clean + share * noise, times)
+    torch.testing.assert_close(predicted, noise, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("clip", "spread"), [(True, 0.718), (False, 1.0)])
+def test_monais_scheduler_clips_normal_latents(clip: bool, spread: float) -> None:
+    normal = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert float(clean_latents(normal, clip).std()) == pytest.approx(spread, abs=0.01)
+
+
+def test_runs_that_end_alike_are_no_distance_apart() -> None:
+    start, end = torch.zeros(4), torch.ones(4)
+    assert (far(end, end, start), far(end, start, start)) == (0, 1)
 
 
 def parameters(path: Path, *others: str) -> str:
