@@ -22,7 +22,7 @@ def main() -> None:
     args = arguments(__doc__).parse_args()
     keep_freed_memory()
     tiny = args.tiny
-    count, num, repeats, network = (8, 4, 1, "tiny") if tiny else (32, 8, 7, "medium")
+    count, num, repeats, network = (4, 2, 1, "tiny") if tiny else (8, 4, 7, "demo")
     model = demo_model(count)
     with torch.no_grad():
         rows = [
@@ -34,11 +34,11 @@ def main() -> None:
             *sampling.written_file(model, num),
             *training.intensities(num),
             *training.kl(model),
-            *training.validation(model, 3 if tiny else 30),
+            *training.validation(model, 3 if tiny else 20),
             *training.validation_of_ranks(model),
             *(training.old_weights() if find_spec("generative") else []),
         ]
-    rows += training.resume(model, 1 if tiny else 8)
+    rows += training.resume(model, 1 if tiny else 4)
     rows += training.anomaly_detection(repeats, network)
     rows += training.encoding(repeats, network)
     print(table(rows))
