@@ -91,8 +91,8 @@ def kl(model: DemoModel) -> list[Row]:
         {
             "difference": "KL without epsilon",
             "measured": "KL of a latent of which float16 has rounded sigma, 1e-8, to 0",
-            "tutorial": float(summed_kl(torch.zeros_like(lost), lost)),
-            "here": float(kl_divergence(torch.zeros_like(lost), lost)),
+            "tutorial": f"{float(summed_kl(torch.zeros_like(lost), lost)):.3g}",
+            "here": f"{float(kl_divergence(torch.zeros_like(lost), lost)):.3g}",
         }
     )
     return rows
