@@ -33,7 +33,7 @@ def main() -> None:
     cfg, env = utils.read_settings(args)
     with utils.training_run(cfg, env, args, "autoencoder") as run:
         warn_if_too_large(cfg, "autoencoder", run.device)
-        data = prepare_data(cfg, env)
+        data = prepare_data(cfg, env, remember_split=not args.dry_run)
         facts = describe(cfg, data)
         run.fingerprint = fingerprint(cfg, facts)
         loaders = train_loader(data, cfg, "autoencoder"), validation_loader(data, cfg, "autoencoder")

@@ -50,7 +50,7 @@ def main() -> None:
         warn_if_too_large(cfg, "diffusion", run.device)
         autoencoder, card = load_autoencoder(env.model_dir)
         check_definition(env.model_dir / AUTOENCODER, card.definition, cfg.autoencoder_def, "autoencoder_def")
-        data = prepare_data(cfg, env)
+        data = prepare_data(cfg, env, remember_split=not args.dry_run)
         latents = encode(autoencoder, card, data, run)
         run.fingerprint = fingerprint(cfg, latents.facts)
         volumes_a_step = cfg.diffusion_train.batch_size * cfg.diffusion_train.accumulate_steps

@@ -41,11 +41,12 @@ class ReferenceAutoencoder:
         cfg: networks, learning rate and adversarial weight; the networks of both recipes are the same.
         weights: to start with.
         device: where to train.
+        anomaly: anomaly detection, which the tutorial leaves on.
     """
 
-    def __init__(self, cfg: Config, weights: nn.Module, device: torch.device):
+    def __init__(self, cfg: Config, weights: nn.Module, device: torch.device, anomaly: bool = True):
         torch.backends.cudnn.benchmark = True
-        self.device = device
+        self.device, self.anomaly = device, anomaly
         self.adv_weight = cfg.autoencoder_train.adv_weight
         self.autoencoder = clone_weights(weights, build_autoencoder(cfg.autoencoder_def)).to(device)
         self.discriminator = build_discriminator(cfg.discriminator_def, cfg.image_channels).to(device)
@@ -56,12 +57,12 @@ class ReferenceAutoencoder:
 
     def train_step(self, image: Tensor) -> float:
         """One step as after the warm-up; without an adversarial weight, as before it. Returns the L1 term."""
-        with torch.autograd.set_detect_anomaly(True):
+        with torch.autograd.set_detect_anomaly(self.anomaly):
             image = image.to(self.device)
             self.optimizer.zero_grad(set_to_none=True)
             reconstruction, mean, sigma = self.autoencoder(image)
             l1 = F.l1_loss(reconstruction, image)
-            loss = l1 + KL_WEIGHT * _kl(mean, sigma)
+            loss = l1 + KL_WEIGHT * summed_kl(mean, sigma)
             if self.adv_weight:
                 verdict = self.discriminator(reconstruction.contiguous().float())[-1]
                 fooled = self.adversarial(verdict, target_is_real=True, for_discriminator=False)
@@ -91,7 +92,7 @@ class ReferenceAutoencoder:
         return sum(losses) / len(losses)
 
 
-def _kl(mean: Tensor, sigma: Tensor) -> Tensor:
+def summed_kl(mean: Tensor, sigma: Tensor) -> Tensor:
     """Summed over the latent, averaged over the batch, as the tutorial weighs it."""
     variance = sigma.square()
     return 0.5 * (mean.square() + variance - variance.log() - 1).flatten(1).sum(1).mean()

@@ -45,7 +45,8 @@ def prepare_data(cfg: Config, env: Environment, remember_split: bool = True) -> 
     """Find, check, prepare and split the data set; all ranks call this together.
 
     The split is kept in `model_dir/split.json`, so that no stage ever trains on what another validates with. Who trains
-    nothing keeps to it and leaves `remember_split` off: what was not trained on has no side in that folder.
+    nothing keeps to it and leaves `remember_split` off: what was not trained on has no side in that folder, and a dry
+    run with another `val_fraction` than the training's decides nothing for it.
 
     Raises:
         DataError: no data, damaged cases, too few cases; on every rank.
