@@ -1,7 +1,6 @@
 """Export published weights as a folder for others: a MONAI bundle, or a model for the Hugging Face Hub.
 
 python -m ldm3d.bundle -c config/config_demo.json --model-dir checkpoints/demo --output exported/brains
-python -m ldm3d.bundle -c config/config_demo.json --model-dir checkpoints/demo --output exported/hub --format huggingface
 """
 
 import argparse
@@ -17,7 +16,7 @@ import torch
 from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard, read_card
 from ldm3d.config import load_config
 from ldm3d.errors import OutputError, UserError, WeightsError
-from ldm3d.export_facts import NOT_STATED, Facts, read_metrics
+from ldm3d.export_facts import NOT_STATED, Facts, Stated, read_metrics
 from ldm3d.files import require_writable
 from ldm3d.hub_folder import write_hub_folder
 from ldm3d.monai_bundle import MODELS, write_monai_bundle
@@ -26,6 +25,7 @@ from ldm3d.sampling import Sampler
 from ldm3d.schema import Config
 from ldm3d.weights import check_definition
 
+UNSTATED = Stated()
 FORMATS = ("monai", "huggingface")
 
 
@@ -35,9 +35,7 @@ def export(
     output: Path,
     form: str = "monai",
     metrics: Path | None = None,
-    weights_license: str = NOT_STATED,
-    authors: str = NOT_STATED,
-    dataset: str = NOT_STATED,
+    stated: Stated = UNSTATED,
 ) -> None:
     """Write a folder that is whole, or none. Of `model_dir` only the two weights files go into it.
 
@@ -47,9 +45,7 @@ def export(
         output: the folder, which must not exist yet; its name is the model's.
         form: one of `FORMATS`.
         metrics: what evaluate.py wrote about the weights.
-        weights_license: identifier of the licence of the weights, as the Hub has them (`mit`).
-        authors: who made the weights.
-        dataset: what the training data are called.
+        stated: what else is said of them.
 
     Raises:
         WeightsError: the weights are missing, damaged, do not belong together, or contradict the configuration.
@@ -72,18 +68,8 @@ def export(
         sampler = checked(weights, model_dir, autoencoder, cfg)
         scheduler, steps = choose_sampler(sampler.card.schedule, cfg.sampling.scheduler, cfg.sampling.steps)
         figures = read_metrics(metrics, sampler.card)
-        facts = Facts(
-            output.resolve().name,
-            cfg,
-            autoencoder,
-            sampler.card,
-            scheduler,
-            steps,
-            weights_license,
-            authors,
-            dataset,
-            figures,
-        )
+        name = output.resolve().name
+        facts = Facts(name, cfg, autoencoder, sampler.card, scheduler, steps, figures, stated)
         (write_monai_bundle if form == "monai" else write_hub_folder)(folder, facts)
 
 
@@ -138,16 +124,8 @@ def main() -> int:
     parser.add_argument("--dataset", default=NOT_STATED, help="what the training data are called")
     args = parser.parse_args()
     try:
-        export(
-            args.config_file,
-            args.model_dir,
-            args.output,
-            args.format,
-            args.metrics,
-            args.license,
-            args.authors,
-            args.dataset,
-        )
+        stated = Stated(args.license, args.authors, args.dataset)
+        export(args.config_file, args.model_dir, args.output, args.format, args.metrics, stated)
     except UserError as error:
         print(f"error: {error.one_line()}", file=sys.stderr)
         return 2

@@ -9,7 +9,6 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 INSTALLED = Path(__file__).parent / "scripts"
 SCRIPTS = INSTALLED if INSTALLED.is_dir() else Path(__file__).parents[1]

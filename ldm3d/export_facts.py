@@ -35,8 +35,17 @@ class Metrics(BaseModel):
 
 
 @dataclass(frozen=True)
+class Stated:
+    """What only a person can say of weights: their licence, who made them, what the training data are called."""
+
+    license: str = NOT_STATED
+    authors: str = NOT_STATED
+    dataset: str = NOT_STATED
+
+
+@dataclass(frozen=True)
 class Facts:
-    """Everything that is said of exported weights. `license`, `authors` and `dataset` are for the person to say."""
+    """Everything that is said of exported weights."""
 
     name: str
     config: Config
@@ -44,10 +53,8 @@ class Facts:
     diffusion: DiffusionCard
     scheduler: str
     steps: int
-    license: str
-    authors: str
-    dataset: str
     metrics: dict[str, Metric]
+    stated: Stated
 
     @property
     def contrast(self) -> str:
@@ -71,11 +78,12 @@ class Facts:
             "What it makes": f"{self.contrast}, {self.summary.rpartition(': ')[2]}, values from 0 to 1",
             "Latent": f"{latent}, scale factor {self.diffusion.scale_factor:.4g}",
             "Diffusion": f"{self.diffusion.schedule.type}, sampled with {self.scheduler} in {self.steps} steps",
-            "Trained on": f"{self.dataset}: {self.diffusion.num_train} volumes (digest `{self.diffusion.trained_on}`)",
+            "Trained on": f"{self.diffusion.num_train} volumes (digest `{self.diffusion.trained_on}`)",
+            "Training data": self.stated.dataset,
             "Steps of training": f"{self.autoencoder.step} and {self.diffusion.step}",
             "Code": f"ldm3d {self.diffusion.code_version}, exported by {__version__}",
-            "Authors of the weights": self.authors,
-            "Licence of the weights": self.license,
+            "Authors of the weights": self.stated.authors,
+            "Licence of the weights": self.stated.license,
         }
         return _table(["", ""], [[key, _cell(text)] for key, text in rows.items()])
 

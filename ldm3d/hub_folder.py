@@ -78,8 +78,9 @@ The weights rebuild their networks from their own description; `{CONFIG}` is the
 
 ## Limits
 
-The model knows the anatomy, the scanners and the preparation of its training volumes and nothing else. What it generates is
-not a patient. Look for copies of training volumes before volumes are passed on; finding none is no proof of privacy.
+The model knows the anatomy, the scanners and the preparation of its training volumes and nothing else. What it
+generates is not a patient. Look for copies of training volumes before volumes are passed on; finding none is no proof
+of privacy.
 """
 
 
@@ -87,16 +88,16 @@ def front_matter(facts: Facts) -> dict[str, Any]:
     """The metadata that the Hub reads."""
     front: dict[str, Any] = {
         "library_name": "ldm3d",
-        "license": "unknown" if facts.license == NOT_STATED else facts.license,
+        "license": "unknown" if facts.stated.license == NOT_STATED else facts.stated.license,
         "pipeline_tag": TASK,
         "tags": TAGS,
     }
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", facts.dataset):  # else it is no name that the Hub knows
-        front["datasets"] = [facts.dataset]
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", facts.stated.dataset):  # else it is no name that the Hub knows
+        front["datasets"] = [facts.stated.dataset]
     if facts.metrics:
         result = {
             "task": {"type": TASK},
-            "dataset": {"name": facts.dataset, "type": "held-out"},
+            "dataset": {"name": facts.stated.dataset, "type": "held-out"},
             "metrics": [{"type": name, "name": name, "value": m.value} for name, m in facts.metrics.items()],
         }
         front["model-index"] = [{"name": facts.name, "results": [result]}]

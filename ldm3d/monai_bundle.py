@@ -16,8 +16,7 @@ from ldm3d.files import write_text
 
 MODELS = "models"
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
-# What the code imports to generate (einops by way of monai's attention), and what monai.bundle needs for its command
-# line, which nothing here is tested with but this version.
+# What the code imports to generate (einops by way of monai's attention), and monai.bundle's command line.
 PACKAGES = ("einops", "filelock", "nibabel", "pydantic", "safetensors", "tqdm")
 FIRE = "0.7.1"
 
@@ -62,9 +61,9 @@ def metadata(facts: Facts) -> dict[str, Any]:
         "name": facts.name,
         "task": "Unconditional generation of 3D brain MRI",
         "description": facts.summary,
-        "authors": facts.authors,
-        "copyright": f"code: MIT, see LICENSE; weights: {facts.license}",
-        "data_source": facts.dataset,
+        "authors": facts.stated.authors,
+        "copyright": f"code: MIT, see LICENSE; weights: {facts.stated.license}",
+        "data_source": facts.stated.dataset,
         "data_type": "nibabel",
         "image_classes": facts.contrast,
         "eval_metrics": {name: metric.value for name, metric in facts.metrics.items()},
@@ -119,9 +118,9 @@ python -m monai.bundle run --config_file configs/inference.json
 python -m monai.bundle run --config_file configs/inference.json --seed 7 --num 2 --steps 10 --output_dir elsewhere
 ```
 
-Volumes are in `volumes`, as NIfTI with spacing and RAS affine, with a `.json` beside each that says how it was made. The same
-seed gives the same volumes, whatever the `batch_size`; they are those of the project's own `inference.py`. From another folder,
-add `--bundle_root` with the path of this one. `--device cpu` leaves a GPU alone.
+Volumes are in `volumes`, as NIfTI with spacing and RAS affine, with a `.json` beside each that says how it was made.
+The same seed gives the same volumes, whatever the `batch_size`; they are those of the project's own `inference.py`.
+From another folder, add `--bundle_root` with the path of this one. `--device cpu` leaves a GPU alone.
 
 In Python:
 
