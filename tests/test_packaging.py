@@ -17,6 +17,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from ldm3d import __version__, entry_points
+from ldm3d.errors import UserError
+from mlops.deployment.release_notes import notes
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -195,3 +197,34 @@ def test_the_citation_names_the_version_and_the_project() -> None:
     assert citation["authors"] == PROJECT["project"]["authors"]
     assert {"cff-version", "message", "title"} <= citation.keys()
     assert json.loads(json.dumps(citation)) == citation, "a date or a number where text is meant"
+
+
+CHANGES = """# Changelog
+
+## [Unreleased]
+
+## [0.2.0] - 2026-12-24
+
+### Added
+
+- A thing.
+
+## [0.1.0] - 2026-11-30
+
+- The first.
+
+[0.1.0]: https://example.org
+"""
+
+
+def test_release_notes_are_the_version_s_section() -> None:
+    assert notes(CHANGES, "0.2.0") == "### Added\n\n- A thing.\n"
+    assert notes(CHANGES, "0.1.0") == "- The first.\n"
+    for version in ("Unreleased", "0.1", "0.3.0"):
+        with pytest.raises(UserError, match=f"nothing about {version}; it has sections on Unreleased, 0.2.0, 0.1.0"):
+            notes(CHANGES, version)
+
+
+def test_the_changelog_has_notes_for_the_next_release() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert notes(text, __version__ if f"## [{__version__}]" in text else "Unreleased")
