@@ -113,7 +113,8 @@ def test_every_option_of_a_script_stands_in_its_section(script: str) -> None:
 @each_document
 def test_options_that_are_named_exist(document: Path) -> None:
     known = set().union(*map(options_of, SCRIPTS)) | set(re.findall(r"--?[a-z]+", (ROOT / "train_LDM.sh").read_text()))
-    known |= {o for path in ROOT.glob("mlops/**/*.py") for o in re.findall(r'"(--?[a-z][a-z-]*)"', path.read_text())}
+    programs = [*ROOT.glob("mlops/**/*.py"), *ROOT.glob("ldm3d/*.py")]
+    known |= {o for path in programs for o in re.findall(r'"(--?[a-z][a-z-]*)"', path.read_text())}
     known |= {option for action in get_args_parser()._actions for option in action.option_strings}
     known |= {option for path in ROOT.glob("mlops/**/*.sh") for option in re.findall("--[a-z-]+", path.read_text())}
     known |= SLURM | DOCKER
