@@ -16,7 +16,7 @@ ALONE = {name: value for name, value in os.environ.items() if not name.startswit
 
 def fresh(folder: Path, *packages: object) -> Path:
     """The `bin` of a new environment with these packages."""
-    assert run(PYTHON.resolve(), "-m", "venv", folder / "venv").returncode == 0
+    assert run(PYTHON.resolve(), "-m", "venv", folder / "venv", timeout=1500).returncode == 0
     pip = (folder / "venv/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     done = run(*pip, *packages, timeout=1500)
     assert done.returncode == 0, done.stderr
@@ -24,7 +24,7 @@ def fresh(folder: Path, *packages: object) -> Path:
 
 
 def at(folder: Path, *command: object) -> "subprocess.CompletedProcess[str]":
-    done = run(*command, cwd=folder, env=ALONE, timeout=600)
+    done = run(*command, cwd=folder, env=ALONE, timeout=1500)
     assert done.returncode == 0, done.stderr
     return done
 
