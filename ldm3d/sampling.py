@@ -102,7 +102,6 @@ class Sampler:
         """Generate the volumes `indices` of one request together: `sample_volumes` with one seed."""
         return self.sample_volumes([VolumeId(seed, index) for index in indices], scheduler, steps, on_step)
 
-    @torch.inference_mode()
     def sample_volumes(
         self,
         volumes: Sequence[VolumeId],
@@ -125,11 +124,28 @@ class Sampler:
             ConfigError: the scheduler does not fit the training, seed or steps are out of range, or there is not
                 memory enough to decode.
         """
-        name, count = choose_sampler(self.card.schedule, scheduler, steps)
         generators = [volume_generator(*volume) for volume in volumes]
-        noise = torch.stack([torch.randn(self.card.latent_shape, generator=g) for g in generators]).to(self.device)
+        noise = torch.stack([torch.randn(self.card.latent_shape, generator=g) for g in generators])
+        return self.from_noise(noise, generators, scheduler, steps, on_step)
+
+    @torch.inference_mode()
+    def from_noise(
+        self,
+        noise: Tensor,
+        generators: list[torch.Generator],
+        scheduler: str | None = None,
+        steps: int | None = None,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> Tensor:
+        """Generate volumes of given noise (B, C, X, Y, Z), standard normal.
+
+        Samplers that draw noise at each step take each volume's from its generator. The other arguments, the result
+        and what is raised are as in `sample_volumes`.
+        """
+        name, count = choose_sampler(self.card.schedule, scheduler, steps)
         move(self.unet, self.device)  # on a GPU an error may have left it on the host
         with batch_invariant(self.device):
+            noise = noise.to(self.device)
             latents = sample_latent(self._denoise, noise, generators, self.card.schedule, name, count, on_step)
             return self.decode(latents)
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The rooms of ldm3d. Each imports from those above it only, so there is no circle.
 ROOMS = """
-    errors quick_start files rendezvous distributed lock json_lines console
+    errors quick_start entry_points files rendezvous distributed lock json_lines console
     definitions sections samplers cards schema config config_page
     nifti phantom_template phantom_fields phantom_anatomy phantom_tumour phantom_scan phantom transfer archive download
     cases checks splits volumes cache data
@@ -22,6 +22,7 @@ ROOMS = """
     montage features metrics report interior copies training_profile
     autoencoder_stage diffusion_stage replay signals run
     live_bytes sampling_memory perceptual_shape memory_phases memory_advice memory
+    generate export_facts monai_bundle hub_folder bundle
 """
 ORDER = ROOMS.split()
 
