@@ -10,7 +10,8 @@ import matplotlib
 import numpy as np
 import pytest
 import tiny
-from documents import ROOT, commands, problems_of_command, spans
+from document_commands import commands, problems_of_command
+from documents import ROOT, spans
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.tensorboard import summary
@@ -396,8 +397,8 @@ def test_bad_captions_are_seen() -> None:
         "Part: has no line - Data: ",
         "gone.png is not there",
         "no benchmarks/results/none.json",
-        "no module benchmarks.none",
         "no picture none",
+        "there is no benchmarks.none",
         "two.png has no caption",
         "two.png is not shown once",
     ]
