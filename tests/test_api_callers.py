@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service import Service, finished, until
+from service import DEADLINE_SECONDS, Service, finished, until
 
 from mlops.api.callers import Role
 from mlops.api.security import ACCESS
@@ -158,7 +158,7 @@ def test_calling_too_often(tmp_path: Any) -> None:
 def test_without_a_key_only_this_machine_is_served(tmp_path: Any) -> None:
     service = Service(tmp_path, host="0.0.0.0").start(wait=False)
     assert service.process
-    assert service.process.wait(60) == 2
+    assert service.process.wait(DEADLINE_SECONDS) == 2
     assert "mlops.api.keys create" in service.log()
 
 
