@@ -1,5 +1,6 @@
 """One process or many: rank, world size, device, reductions. Everything works the same with one process."""
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,6 +96,10 @@ def process_group(backend: str | None, timeout_seconds: float) -> Iterator[torch
     timeout = timedelta(seconds=timeout_seconds)
     store, this_rank, processes = meeting_place(timeout)
     dist.init_process_group(backend or "gloo", store=store, rank=this_rank, world_size=processes, timeout=timeout)
+    # The networks hold the group, too. If they let it go last, torch waits for gloo's threads while these wait for the
+    # interpreter, and a training that is done never ends (torch 2.13, about one in a hundred on a busy machine). Let go
+    # from Python, the interpreter is free meanwhile.
+    atexit.register([dist.group.WORLD].clear)
     yield device
     # Only at a good end: after an error the others may be waiting for this process, and leaving would wait for them.
     dist.destroy_process_group()
