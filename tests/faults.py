@@ -90,10 +90,14 @@ def die_at_step(step: int) -> None:
 
 
 def hang_at_step(step: int) -> None:
-    """This process, of several, stops answering in the training step of this number."""
+    """This process, of several, stops answering in the training step of this number, and ends when it is told to."""
     from ldm3d.autoencoder_stage import AutoencoderStage
 
-    _before(AutoencoderStage, "train_step", lambda _, batch, random, *more: random.step == step and time.sleep(10_000))
+    def hang() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun would wait for half a minute before it kills it
+        time.sleep(10_000)
+
+    _before(AutoencoderStage, "train_step", lambda _, batch, random, *more: random.step == step and hang())
 
 
 def note_each_encoded_volume() -> None:

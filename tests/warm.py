@@ -5,7 +5,7 @@
 
 A request is `{"script", "args", "cwd", "env", "stdout", "stderr", "timeout", "faults"}`. The forked process is a real
 one: it has its own signals, limits, exit status and files, and ends by itself as the script does when it is started
-by hand.
+by hand. The script "torchrun" is torch's own; the processes that it starts are forked, too.
 """
 
 import atexit
@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,6 +28,8 @@ from typing import Any, NoReturn
 import faults
 import torch
 from torch import nn
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.optim import AdamW
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +49,7 @@ def serve() -> dict[str, Any]:
     for name in SCRIPTS:
         importlib.import_module(name)
     AdamW([nn.Parameter(torch.zeros(1))])  # the first optimizer makes torch import its compiler
+    SubprocessHandler._popen = lambda _, command, env: Rank(command, env)  # type: ignore[method-assign]
     gc.freeze()  # else the first collection in each child would copy all that the parent holds
     for line in sys.stdin:
         start = time.monotonic()
@@ -58,6 +62,46 @@ def serve() -> dict[str, Any]:
         answer = {"code": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - start}
         print(json.dumps(answer), flush=True)
     raise SystemExit
+
+
+class Rank:
+    """What torchrun holds of a process that it has started: `subprocess.Popen`, as far as it asks for that."""
+
+    def __init__(self, command: tuple[str, ...], env: dict[str, str]):
+        seconds_left, _ = signal.getitimer(signal.ITIMER_REAL)
+        sys.stdout.flush()  # else it would be written by both
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            script = command.index("-u") + 1
+            self._become(list(command[script:]), env, seconds_left)
+            leave(outcome(command[script]))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.01)
+        return code
+
+    @staticmethod
+    def _become(arguments: list[str], env: dict[str, str], seconds_left: float) -> None:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # torchrun has handlers of its own
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, seconds_left)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.environ.clear()
+        os.environ.update(env)
+        sys.argv = arguments
 
 
 def become(request: dict[str, Any]) -> None:
@@ -84,7 +128,10 @@ def become(request: dict[str, Any]) -> None:
 def outcome(script: str) -> int:
     """Run the script; the exit status that Python would give it."""
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        if script == "torchrun":
+            torchrun.main()
+        else:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
         return int(stop.code or 0)
     except BaseException:
