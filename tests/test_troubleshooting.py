@@ -146,14 +146,15 @@ def test_other_errors_are_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rank_0_is_waited_for_where_all_have_met_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """torchrun ends rank 0 as soon as another process ends: nobody would say what is wrong."""
+    """torchrun ends rank 0 as soon as another process ends: nobody would say what is wrong. Who is left was alone."""
     waited: list[float] = []
     monkeypatch.setattr(utils.time, "sleep", waited.append)
-    for rank, expected in (("0", []), ("1", [utils.SECONDS_FOR_RANK_0])):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected, said in (("0", [], ""), ("1", [utils.SECONDS_FOR_RANK_0], "rank 1: ")):
         monkeypatch.setenv("RANK", rank)
         code, lines = end_of(partial(raises, ConfigError("what is wrong")), capsys)
         assert code == 2 and waited == expected
-        assert lines == (["error: what is wrong"] if rank == "0" else [])
+        assert lines == [f"error: {said}what is wrong"]
 
 
 def test_a_dry_run_goes_without_a_volume_to_validate_with() -> None:
