@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -20,7 +21,7 @@ from monai.bundle.properties import InferProperties
 from monai.bundle.utils import DEFAULT_METADATA
 
 import utils
-from ldm3d import __version__, bundle
+from ldm3d import __version__, bundle, hub_folder
 from ldm3d.cards import AUTOENCODER, UNET
 from ldm3d.config import load_config
 from ldm3d.files import sha256
@@ -211,6 +212,12 @@ def test_the_card_s_metadata_are_those_of_the_hub(made: Path) -> None:
     assert "| `kid` | 0.125 | lower is \\| better | 4 real, 2 synthetic |" in text
     assert "16 x 16 x 16 voxels of 3 x 3 x 3 mm" in text
     assert "*.safetensors filter=lfs" in (made / "hub/.gitattributes").read_text()
+
+
+def test_names_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"license": "no: [x", "name": 'Gehirn \U0001f9e0 # "zwölf"\n---\n'}
+    monkeypatch.setattr(hub_folder, "front_matter", lambda facts: said)
+    assert yaml.safe_load(hub_folder.model_card(mock.MagicMock()).split("\n---\n")[0]) == said
 
 
 def test_huggingface_hub_reads_the_card(made: Path) -> None:
