@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -51,7 +52,11 @@ def publish(folder: Path, seed: int = 0) -> Path:
     content["tracking"]["mlflow_uri"] = f"file:{NAMES[1]}/mlruns"
     (folder / "config.json").write_text(json.dumps(content))
     made = {"channel": 0, "spacing_mm": [3.0, 3.0, 3.0], "config": f"{NAMES[1]}/config.json"}
-    figures = {"made": made, "metrics": {"kid": METRIC}, "nearest_training_volumes": [{"nearest": NAMES[0]}]}
+    figures = {
+        "made": made,
+        "metrics": {"kid": METRIC, "mmd": METRIC | {"value": None}},
+        "nearest_training_volumes": [{"nearest": NAMES[0]}],
+    }
     (folder / "metrics.json").write_text(json.dumps(figures))
     return folder
 
@@ -266,6 +271,9 @@ def another_autoencoder(folder: Path) -> None:
     save_weights(folder / "model" / AUTOENCODER, tiny.autoencoder(cfg, seed=8).state_dict(), tiny.autoencoder_card(cfg))
 
 
+NOT_A_NUMBER = json.dumps(
+    {"made": {"channel": 0, "spacing_mm": [3, 3, 3]}, "metrics": {"kid": METRIC | {"value": math.nan}}}
+)
 OTHER = json.dumps({"made": {"channel": 1, "spacing_mm": [3, 3, 3]}, "metrics": {}})
 
 
@@ -283,6 +291,8 @@ OTHER = json.dumps({"made": {"channel": 1, "spacing_mm": [3, 3, 3]}, "metrics": 
         (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
         (lambda f: (f / "metrics.json").unlink(), "metrics.json: cannot be read"),
         (lambda f: spoil_metrics(f, "[]"), "metrics.json: is not a metrics.json of evaluate.py"),
+        (lambda f: spoil_metrics(f, '{"metrics": []}'), "metrics.json: is not a metrics.json of evaluate.py"),
+        (lambda f: spoil_metrics(f, NOT_A_NUMBER), "metrics.json: is not a metrics.json of evaluate.py"),
         (lambda f: spoil_metrics(f, OTHER), "is about channel 1 at [3, 3, 3] mm; the weights make channel 0"),
         (lambda f: (f / "out").mkdir(), "out: exists already; name another folder"),
     ],
