@@ -115,15 +115,16 @@ def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -
     except UserError as error:
         if "--traceback" in sys.argv:
             raise
-        if distributed.is_main() or error.met_by_one:
-            print(f"error: {error.one_line()}", file=sys.stderr)
-        else:
+        alone = not distributed.is_main() and not error.met_by_one
+        if alone:
             time.sleep(SECONDS_FOR_RANK_0)
+        # Who is still there has met what rank 0 has not: a volume that it alone reads, a file of its own machine.
+        print(f"error: {_this_rank() if alone else ''}{error.one_line()}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
     except (RuntimeError, MemoryError) as error:
         if "--traceback" in sys.argv or not (shortage(error) or distributed.lost(error)):
             raise
-        rank = f"rank {os.environ['RANK']}: " if distributed.launched_by_torchrun() else ""
+        rank = _this_rank()
         if short := shortage(error):
             print(f"error: {rank}out of memory: {short}; lower batch_size, or see {MEMORY_GUIDE}", file=sys.stderr)
             raise SystemExit(EXIT_USER_ERROR) from None
@@ -134,3 +135,7 @@ def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -
         if distributed.is_main():
             print(after_interrupt, file=sys.stderr)
         raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
+
+
+def _this_rank() -> str:
+    return f"rank {os.environ['RANK']}: " if distributed.launched_by_torchrun() else ""

@@ -56,8 +56,13 @@ def freed_memory_returned() -> Iterator[None]:
 
 def shortage(error: BaseException) -> str | None:
     """What torch or numpy said when a device or the machine had no memory left; None if the error is another."""
-    text = " ".join(str(error).split())
-    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text):
+    text = str(error)
+    ran_out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if "Traceback (most recent call last):" in text:  # of a process that loads data, as torch hands it on
+        kind, _, text = text.strip().splitlines()[-1].partition(": ")
+        ran_out = kind.endswith("MemoryError")
+    text = " ".join(text.split())
+    if not (ran_out or "can't allocate memory" in text):
         return None
     # Before the message stands where torch noticed it; after three sentences CUDA's gives advice of its own.
     return ". ".join(text.split("err == 0. ")[-1].split(". ")[:3]) or "no memory"

@@ -17,6 +17,7 @@ import tiny
 import torch
 from documents import ROOT, anchors, blocks, first_column, section
 from test_docs_readme import message_patterns  # noqa: F401 (a fixture)
+from torch._utils import ExceptionWrapper
 
 import train_autoencoder
 import utils
@@ -129,11 +130,23 @@ def test_no_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
     code, (line,) = end_of(allocate, capsys)
     assert code == 2 and line.startswith(said) and line.endswith(f"; lower batch_size, or see {utils.MEMORY_GUIDE}")
     assert end_of(lambda: np.empty(2**59), capsys)[1][0].startswith("error: out of memory: Unable to allocate")
+    for loading in (allocate, lambda: np.empty(2**59)):
+        (line,) = end_of(loaded(loading).reraise, capsys)[1]
+        assert re.match("error: out of memory: (DefaultCPUAllocator: can't|Unable to) allocate", line)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     (line,) = end_of(partial(raises, torch.OutOfMemoryError(CUDA)), capsys)[1]
     assert line.startswith("error: rank 1: out of memory: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
     assert "Including" not in line
+
+
+def loaded(work: Callable[[], object]) -> ExceptionWrapper:
+    """The error of `work` as torch hands it on from a process that loads data."""
+    try:
+        work()
+    except Exception:
+        return ExceptionWrapper(where="in DataLoader worker process 0")
+    raise AssertionError("nothing went wrong")
 
 
 def test_other_errors_are_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,14 +159,15 @@ def test_other_errors_are_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rank_0_is_waited_for_where_all_have_met_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """torchrun ends rank 0 as soon as another process ends: nobody would say what is wrong."""
+    """torchrun ends rank 0 as soon as another process ends: nobody would say what is wrong. Who is left was alone."""
     waited: list[float] = []
     monkeypatch.setattr(utils.time, "sleep", waited.append)
-    for rank, expected in (("0", []), ("1", [utils.SECONDS_FOR_RANK_0])):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected, said in (("0", [], ""), ("1", [utils.SECONDS_FOR_RANK_0], "rank 1: ")):
         monkeypatch.setenv("RANK", rank)
         code, lines = end_of(partial(raises, ConfigError("what is wrong")), capsys)
         assert code == 2 and waited == expected
-        assert lines == (["error: what is wrong"] if rank == "0" else [])
+        assert lines == [f"error: {said}what is wrong"]
 
 
 def test_a_dry_run_goes_without_a_volume_to_validate_with() -> None:
