@@ -86,6 +86,8 @@ def leads_somewhere(link: str, document: Path) -> bool:
     if link.startswith("https://"):
         return True
     path, _, anchor = link.partition("#")
+    if document.suffix == ".ipynb" and re.fullmatch(rf"{document.stem}_\d+\.png", path):  # an output, in the file
+        return True
     target = (document.parent / path) if path else document
     return target.exists() and (not anchor or anchor in anchors(target.read_text()))
 

@@ -68,6 +68,7 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "toml": tomllib.loads,
     "csv": parse_csv,
     "text": lambda text: None,
+    "markdown": lambda text: None,
 }
 
 

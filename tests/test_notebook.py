@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from documents import blocks, commands, problems_of_command, spans
+from document_commands import commands, problems_of_command
+from documents import blocks, spans
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
