@@ -20,7 +20,7 @@ from ldm3d.files import sha256, write_text
 from mlops.api.registry import CLIENT, SUFFIX, URI
 from mlops.commands import Parser, run_command
 from mlops.pipelines.gate import decide
-from mlops.pipelines.lineage import Lineage, Record, read_lineage, verify
+from mlops.pipelines.lineage import Lineage, read_lineage, verify
 from mlops.pipelines.metrics_file import Metrics, read_metrics
 from mlops.pipelines.workspace import connect_from_job, tag_assets
 
@@ -147,9 +147,7 @@ def _require_measured(lineages: dict[str, Lineage], args: argparse.Namespace) ->
     if metrics is None or read_lineage(args.metrics) != metrics:
         raise DataError(f"{args.metrics}: holds no metrics of a pipeline, or not the only ones")
     if model.digest not in {parent.digest for parent in metrics.parents}:
-        raise DataError(
-            f"{args.metrics}: its lineage does not name {Record.__str__(model)}: another model was evaluated"
-        )
+        raise DataError(f"{args.metrics}: its lineage does not name {model}: another model was evaluated")
 
 
 def main() -> int:
