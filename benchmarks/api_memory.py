@@ -27,8 +27,9 @@ def measure(service: Service, tiny: bool) -> dict[str, Any]:
             rows.append(done | service.resident_mib())
     middle, last = rows[len(rows) // 2], rows[-1]
     growth = {name: round(float(last[name]) - float(middle[name]), 1) for name in ALLOWED_MIB}
+    allowed = [f"{most:g} MiB ({name.removesuffix(' MiB')})" for name, most in ALLOWED_MIB.items()]
     return {
-        "goal": f"from the middle to the end below {ALLOWED_MIB}",
+        "goal": f"from the middle to the end below {', '.join(allowed)}",
         "held": all(growth[name] < most for name, most in ALLOWED_MIB.items()),
         "growth MiB": growth,
         "rows": rows,
