@@ -12,10 +12,10 @@ from typing import NoReturn
 
 import ldm3d.quick_start  # noqa: F401  before all that imports monai
 from ldm3d import distributed
-from ldm3d.allocator import keep_freed_memory, shortage
+from ldm3d.allocator import keep_freed_memory
 from ldm3d.checkpoint import LAST, Checkpoints
 from ldm3d.config import load_config, load_environment
-from ldm3d.errors import UserError
+from ldm3d.errors import MEMORY_GUIDE, UserError, shortage
 from ldm3d.files import require_writable
 from ldm3d.json_lines import use_json_lines
 from ldm3d.run import Run, how_to_start
@@ -25,7 +25,6 @@ from ldm3d.tracking import open_tracker
 EXIT_LOST, EXIT_USER_ERROR = 1, 2
 SECONDS_FOR_RANK_0 = 30.0
 """For which another process that has met rank 0's error waits: torchrun ends all as soon as one has ended."""
-MEMORY_GUIDE = "docs/TROUBLESHOOTING.md#memory"
 
 
 class Parser(argparse.ArgumentParser):
