@@ -127,8 +127,9 @@ class DataConfig(Strict):
     """How files lie in `data_base_dir`: the Decathlon's Task01_BrainTumour, BraTS case folders, or a plain folder or
     list of NIfTI files; `auto` looks."""
     datalist: Path | None = None
-    """JSON or CSV list of files with the column `image` and optional columns `label`, `name`, `modality`, `age`, `sex`
-    and `split`. The path starts at the current folder or at `data_base_dir`."""
+    """JSON or CSV list of files with the column `image` and optional columns `label`, `name`, `modality`, `age`, `sex`,
+    `split` and `subject`: who has the same subject is trained on or held out together. The path starts at the current
+    folder or at `data_base_dir`."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a damaged case does: stop before the first epoch, or be left out with a line that says why."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -136,7 +137,7 @@ class DataConfig(Strict):
     kept in `model_dir`."""
     split_seed: int = 0
     """Another seed gives another split, until one is kept in `model_dir`. The split depends on this and on the cases'
-    names."""
+    names, or their subjects where a list says them."""
     cache_dir: Path | None = None
     """Folder for prepared volumes and latents: a fast local disk is best. Null keeps them in `cache` in
     `data_base_dir`."""
