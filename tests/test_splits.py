@@ -173,8 +173,8 @@ def test_the_column_split_takes_a_subjects_other_scans_along(side: str) -> None:
 
 def test_a_subject_that_was_put_on_both_sides_is_refused(tmp_path: Path) -> None:
     refused = (
-        r"^cases of one subject are on both sides: p0 \(a, c in train, b in validation\); give all cases of a subject the "
-        "same side in the data's column split, or delete split.json"
+        r"^cases of one subject are on both sides: p0 \(a, c in train, b in validation\); give all cases of a subject "
+        "the same side in the data's column split, or delete split.json"
     )
     of_others = scans("p1", "d", "e")
     by_column = scans("p0", "a", "c", split="train") + scans("p0", "b", split="validation")
