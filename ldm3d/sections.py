@@ -20,7 +20,7 @@ class Optimization(Strict):
     """Voxels along x, y and z of what one volume contributes: a random crop in stage 1, the crop around its middle in
     stage 2, which is the size that will be generated and so must hold a whole head. Each number must be divisible as
     the networks halve the grid; the refusal names the nearest that is."""
-    lr: Annotated[PositiveFloat, Field(le=1)]
+    lr: PositiveFloat
     """Highest learning rate of AdamW, after the warm-up. Lower it where the loss is not finite or jumps."""
     max_epochs: Positive
     """Passes through the training set. A resumed run may have another number."""
