@@ -311,7 +311,7 @@ class Service:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not self.server.started:
             assert self.thread.is_alive() and time.monotonic() < deadline, "the fake service has not started"
             time.sleep(0.01)

@@ -22,7 +22,8 @@ from ldm3d.weights import LATENT_MEAN, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = ROOT / "mlops" / "docker" / "api_server.py"
-DEADLINE_SECONDS = 90.0
+DEADLINE_SECONDS = 240.0
+"""After which what is waited for counts as not coming: a busy machine needs a minute to start a service."""
 
 
 def publish(folder: Path, seed: int = 0, **card: Any) -> Path:
@@ -120,7 +121,7 @@ class Service:
     def client(self, key: str | None = None) -> httpx.Client:
         headers = self.headers if key is None else {"Authorization": f"Bearer {key}"}
         # Without TLS there is nothing to verify, and reading the list of authorities takes longer than a request.
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60, verify=False)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=DEADLINE_SECONDS, verify=False)
 
     def make_key(self, role: str, name: str = "test") -> str:
         """By the command that an operator types."""
@@ -145,8 +146,8 @@ class Service:
         workers = self.workers()
         if self.process.poll() is None:
             self.process.send_signal(number)
-        code = self.process.wait(30)
-        until(lambda: not any(is_running(worker) for worker in workers), "the workers end", 30)
+        code = self.process.wait(DEADLINE_SECONDS)
+        until(lambda: not any(is_running(worker) for worker in workers), "the workers end")
         return code
 
 

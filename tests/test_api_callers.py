@@ -11,9 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from service import Service, finished, until
+from service import DEADLINE_SECONDS, Service, finished, until
 
 from mlops.api.callers import Role
+from mlops.api.connections import HEADER_SECONDS
 from mlops.api.security import ACCESS
 
 ROLES = ("viewer", "operator", "admin")
@@ -158,7 +159,7 @@ def test_calling_too_often(tmp_path: Any) -> None:
 def test_without_a_key_only_this_machine_is_served(tmp_path: Any) -> None:
     service = Service(tmp_path, host="0.0.0.0").start(wait=False)
     assert service.process
-    assert service.process.wait(60) == 2
+    assert service.process.wait(DEADLINE_SECONDS) == 2
     assert "mlops.api.keys create" in service.log()
 
 
@@ -174,12 +175,12 @@ def test_slow_clients_are_dropped_and_starve_nobody(service: Service, operator: 
     slow_bodies = [connect(head + b"Content-Length: 50\r\n\r\n{") for _ in range(20)]
     started = time.monotonic()
     assert operator.get("/v1/me").status_code == 200
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < HEADER_SECONDS / 2  # before any of them is dropped
     for connection in slow_bodies:
-        connection.settimeout(30)
+        connection.settimeout(DEADLINE_SECONDS)
         assert connection.recv(200).startswith(b"HTTP/1.1 408")
     for connection in [*silent, *slow_heads]:
-        connection.settimeout(30)
+        connection.settimeout(DEADLINE_SECONDS)
         with pytest.raises((ConnectionResetError, EOFError)):
             if connection.recv(100) == b"":
                 raise EOFError
@@ -202,7 +203,7 @@ def test_a_client_that_goes_away_while_it_waits_leaves_nothing_open(service: Ser
         with operator.stream("GET", address) as stream:
             return stream.status_code == 200
 
-    until(free, "the places of those that went are free", 20)
+    until(free, "the places of those that went are free", 45)  # not only after the 60 s
 
 
 def test_the_audit_log_tells_who_did_what(service: Service, operator: httpx.Client) -> None:

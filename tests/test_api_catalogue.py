@@ -177,7 +177,7 @@ def test_a_set_is_prepared_activated_and_read_by_another_process(settings: Setti
     activate(active, settings.data_dir)
     assert read_active(settings.data_dir) == active
     command = [sys.executable, "-c", READ, str(settings.data_dir)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=240)
     assert done.stdout == f"{active.digest} []\n", done.stderr
 
     (model,) = active.models

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from service import until
 
 from mlops.api import connections
 from mlops.api.connections import GuardedProtocol
@@ -22,14 +23,18 @@ async def large(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.fixture
-def connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    monkeypatch.setattr(connections, "READ_SECONDS", 0.5)
+def server() -> uvicorn.Server:
+    return uvicorn.Server(uvicorn.Config(large, http=GuardedProtocol, lifespan="off", log_level="error"))
+
+
+@pytest.fixture
+def connection(server: uvicorn.Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    monkeypatch.setattr(connections, "READ_SECONDS", 1.0)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(large, http=GuardedProtocol, lifespan="off", log_level="error"))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     with socket.create_connection(listener.getsockname()) as made:
-        made.settimeout(20)
+        made.settimeout(120)
         yield made
     server.should_exit = True
     thread.join()
@@ -42,9 +47,10 @@ def test_headers_behind_a_body_are_not_collected(connection: socket.socket) -> N
             connection.sendall(b"a: b\r\n" * 1000)
 
 
-def test_a_client_that_reads_nothing_loses_its_connection(connection: socket.socket) -> None:
+def test_a_client_that_reads_nothing_loses_its_connection(server: uvicorn.Server, connection: socket.socket) -> None:
     connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-    time.sleep(2)  # this is what is tested: nothing is read for longer than is allowed
+    until(lambda: server.server_state.connections, "the connection is there")
+    until(lambda: not server.server_state.connections, "nothing has been read for longer than is allowed")
     taken = 0
     with pytest.raises(ConnectionResetError):
         while part := connection.recv(2**20):
@@ -55,8 +61,9 @@ def test_a_client_that_reads_nothing_loses_its_connection(connection: socket.soc
 
 def test_a_slow_reader_gets_all(connection: socket.socket) -> None:
     connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    taken = 0
+    taken, began = 0, time.monotonic()
     while part := connection.recv(2**20):
         taken += len(part)
-        time.sleep(0.01)
+        time.sleep(0.02)
+    assert time.monotonic() - began > connections.READ_SECONDS
     assert taken > 200 * 2**18

@@ -147,7 +147,7 @@ def test_a_profile_that_does_not_belong_is_left_out(
 def test_the_service_tells_what_alerts_need(tmp_path: Path) -> None:
     with running(tmp_path) as service, service.client() as client:
         client.post("/v1/samples?wait=60", json={"num": 2, "steps": 1})
-        seen = until(lambda: _with(figures(client.get("/metrics").text), "ldm3d_worker_memory_bytes"), "the device", 30)
+        seen = until(lambda: _with(figures(client.get("/metrics").text), "ldm3d_worker_memory_bytes"), "the device")
         assert seen["ldm3d_ready"] == 1 and seen["ldm3d_queue_limit_jobs"] == 100
         assert seen["ldm3d_results_limit_bytes"] == 20 * 2**30 and seen["ldm3d_data_free_bytes"] > 0
         assert (seen["ldm3d_audit_failed"], seen["ldm3d_reload_failed"]) == (0, 0)

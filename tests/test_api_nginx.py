@@ -28,7 +28,7 @@ from starlette.routing import Route
 ROOT = Path(__file__).resolve().parents[1]
 NGINX = shutil.which("nginx") or ("/usr/sbin/nginx" if Path("/usr/sbin/nginx").exists() else None)
 pytestmark = pytest.mark.skipif(NGINX is None, reason="needs nginx (Debian's package nginx-light)")
-SECONDS = 20
+SECONDS = 120
 
 
 def free_port() -> int:

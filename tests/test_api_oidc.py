@@ -279,7 +279,7 @@ def test_who_has_a_key_does_not_wait_for_a_slow_provider(
     asked = len(provider.requests)
     slow = threading.Thread(target=lambda: status_of(verifier, provider.token(key_id="unknown")))
     slow.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while len(provider.requests) == asked:
         assert time.monotonic() < deadline
         time.sleep(0.005)

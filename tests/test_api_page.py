@@ -31,7 +31,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt
 def browser() -> Iterator[Browser]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        expect.set_options(timeout=20_000)
+        expect.set_options(timeout=120_000)
         volume_files(7)  # The first phantom reads the template, which takes seconds.
         yield browser
         browser.close()
@@ -99,7 +99,7 @@ def differ(one: np.ndarray, other: np.ndarray) -> float:
 
 def drawn(page: Page, pane: str = "pane-a") -> np.ndarray:
     """The canvas as soon as there is a volume in it: in each quarter many different greys beside the background."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 120
     while True:
         seen = pixels(page, pane)
         rows, columns = (n // 2 for n in seen.shape[:2])

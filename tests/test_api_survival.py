@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from service import Service, finished, free_port, is_running, running, until
+from service import DEADLINE_SECONDS, Service, finished, free_port, is_running, running, until
 
 LONG = {"num": 8, "seed": 3, "steps": 50}
 
@@ -190,7 +190,7 @@ def test_a_stopped_service_leaves_its_data_and_no_process(service: Service) -> N
 def test_a_second_service_at_the_same_port_is_refused(shared: Service, tmp_path: Path) -> None:
     other = Service(tmp_path / "other", port=shared.port, models_file=shared.models_file).start(wait=False)
     assert other.process
-    assert other.process.wait(30) == 2
+    assert other.process.wait(DEADLINE_SECONDS) == 2
     assert f"error: cannot listen at 127.0.0.1, port {shared.port}: Address already in use" in other.log()
 
 
@@ -205,7 +205,7 @@ def test_what_cannot_start_says_why_in_one_line(tmp_path: Path, trouble: str) ->
         service.settings["max_nun"] = 3
     service.start(wait=False)
     assert service.process
-    assert service.process.wait(60) == 2
+    assert service.process.wait(DEADLINE_SECONDS) == 2
     (line,) = (line for line in service.log().splitlines() if line.startswith("error: "))
     assert {"models": "models.yaml", "weights": "weights", "setting": "did you mean LDM3D_MAX_NUM"}[trouble] in line
     assert "Traceback" not in service.log()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import ROOT, Service, finished, free_port, running, until
+from service import DEADLINE_SECONDS, ROOT, Service, finished, free_port, running, until
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -115,5 +115,5 @@ def test_an_exporter_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("opentelemetry.sdk")
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "carrier_pigeon")
     service = Service(tmp_path).start(wait=False)
-    assert service.process and service.process.wait(60) == 2
+    assert service.process and service.process.wait(DEADLINE_SECONDS) == 2
     assert "error: OTEL_TRACES_EXPORTER: no exporter carrier_pigeon is installed; there are:" in service.log()

@@ -1,5 +1,6 @@
 """Several versions of a model: shares, shadows, and swapping them while requests come."""
 
+import json
 import os
 import shutil
 import signal
@@ -221,9 +222,13 @@ def test_weights_that_end_the_worker_which_tries_them_replace_nothing(own_servic
         assert made_by(client) == "1"
         assert "a worker has died of trying the weights" in own_service.log()
         deaths = own_service.log().count("a worker has ended")
+        noted = own_service.data / "reload.json"
+        assert not noted.exists()
         reloaded = client.post("/v1/admin/reload").json()  # whoever asks has them tried again
-        assert (reloaded["state"], reloaded["versions"]) == ("failed", ["tiny/1"])
-        assert "a worker has died" in reloaded["error"]
+        # Another worker must start before this fails: on a busy machine the answer does not wait for so long.
+        assert reloaded["state"] in ("failed", "pending") and reloaded["versions"] == ["tiny/1"]
+        until(noted.exists, "the reload is over")
+        assert "a worker has died" in json.loads(noted.read_text())["error"]
         assert own_service.log().count("a worker has ended") == deaths + 1 == 2
         until(lambda: client.get("/ready").status_code == 200, "a worker is there")
         assert made_by(client) == "1"

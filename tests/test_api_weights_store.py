@@ -271,7 +271,7 @@ def test_killed_in_the_middle_nothing_half_is_seen(
     fault: tuple[object, ...], accepted: bool, published: Path, data: Path
 ) -> None:
     killed = storing(published, data, *fault)
-    _, said = killed.communicate(timeout=60)
+    _, said = killed.communicate(timeout=240)
     assert killed.returncode == -9, said
     seen = [name for name in versions(data) if not name.startswith(".tmp-")]
     assert len(seen) == accepted and len(versions(data)) == len(seen) + 1, versions(data)
@@ -282,14 +282,14 @@ def test_killed_in_the_middle_nothing_half_is_seen(
 
 def test_a_full_disk_is_said_and_leaves_nothing(published: Path, data: Path) -> None:
     full = storing(published, data, "full_disk", 10_000)
-    _, said = full.communicate(timeout=60)
+    _, said = full.communicate(timeout=240)
     assert full.returncode == 1 and said.startswith("error: ") and "weights cannot be stored: File too large" in said
     assert versions(data) == []
 
 
 def test_several_processes_store_at_once(published: Path, data: Path) -> None:
     others = [storing(published, data, "nothing") for _ in range(3)]
-    digests = {other.communicate(timeout=60)[0].strip() for other in others}
+    digests = {other.communicate(timeout=240)[0].strip() for other in others}
     stored = store(str(published), data, MANY)
     assert digests == {stored.digest} and versions(data) == [stored.digest]
     require_whole(stored, published)

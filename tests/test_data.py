@@ -253,7 +253,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]
             subprocess.Popen([*command, *folders], env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
         )
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert [process.wait(timeout=240) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

@@ -132,7 +132,7 @@ def on_two_ranks(script: str, *arguments: object) -> list[int]:
         command = [sys.executable, ROOT / "tests" / script, *map(str, arguments)]
         processes.append(subprocess.Popen(command, env={**os.environ, **env}, cwd=ROOT))
     try:
-        return [process.wait(timeout=120) for process in processes]
+        return [process.wait(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()

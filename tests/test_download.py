@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import SECONDS
 
 from ldm3d import archive as archive_room
 from ldm3d import transfer
@@ -461,7 +462,7 @@ def script(folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 def outcome(process: subprocess.Popen) -> tuple[int, list[str]]:
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=SECONDS)
     assert "Traceback" not in errors
     return process.returncode, errors.splitlines()
 
@@ -497,11 +498,11 @@ def test_script_reports_a_wrong_checksum(tmp_path, server):
 
 def test_script_interrupted_keeps_what_came(tmp_path, server):
     release = threading.Event()
-    server.before = lambda number: release.wait(30) if number else None
+    server.before = lambda number: release.wait(SECONDS) if number else None
     server.breaks = [1_000_000]
     process = script(tmp_path, "--url", server.url, "--checksum", md5(GOOD))
     part = part_of(tmp_path / "data_base_dir")
-    for _ in range(600):
+    for _ in range(20 * SECONDS):
         if part.is_file() and part.stat().st_size == 1_000_000 and len(server.seen) == 1:
             break
         time.sleep(0.05)

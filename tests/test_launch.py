@@ -16,7 +16,7 @@ import pytest
 import tree_sitter
 import tree_sitter_batch
 from nifti_files import make_cases
-from scripts import Desk
+from scripts import SECONDS, Desk
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ROOT / "train_LDM.sh"
@@ -76,7 +76,7 @@ class House:
             env=self.environment(variables),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=SECONDS,
         )
         return Launched(done.returncode, done.stdout, done.stderr, self.noted())
 
@@ -230,11 +230,11 @@ def test_ctrl_c_ends_the_launcher_after_the_stage(house: House) -> None:
         # Where the tests themselves run in the background, Ctrl-C is ignored and would be so here.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + SECONDS
     while not house.noted() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(SECONDS) == 130
     assert len(house.noted()) == 1
 
 
@@ -262,7 +262,7 @@ def really(place: Desk) -> Callable[..., "subprocess.CompletedProcess[str]"]:
         environment = place.process_environment
         environment["PATH"] = f"{TOOLS}:{environment['PATH']}"
         return subprocess.run(
-            [LAUNCHER, *arguments], cwd=place.folder, env=environment, capture_output=True, text=True, timeout=240
+            [LAUNCHER, *arguments], cwd=place.folder, env=environment, capture_output=True, text=True, timeout=SECONDS
         )
 
     return start
@@ -390,7 +390,7 @@ def test_the_batch_files_processes_meet_without_libuv(tmp_path: Path, as_the_bat
         env=os.environ | settings | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=SECONDS,
     )
     assert (done.returncode == 0) == as_the_batch_file, done.stderr
     met = sorted(re.findall(r"rank \d of \d", done.stdout))  # the two may write into one line

@@ -117,7 +117,7 @@ def test_without_perceptual_weights_there_is_a_notice(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     start = time.monotonic()
     loss = AutoencoderLoss(train(perceptual_weight=0.1, perceptual_network=name))
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     notice = capsys.readouterr().err
     assert loss.perceptual is None
     assert notice.startswith("notice: no perceptual loss")

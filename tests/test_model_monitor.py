@@ -231,7 +231,7 @@ def test_the_command_serves_and_ends(tmp_path: Path) -> None:
 
         try:
             until(seen, "its figures", 30)
-            taken = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+            taken = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
             assert taken.returncode == 2 and re.fullmatch(r"error: cannot listen at port \d+: .*\n", taken.stderr)
         finally:
             monitor.send_signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from scripts import NUM_TRAIN, ROOT, STEPS_PER_EPOCH, Desk, Result, tree
+from scripts import NUM_TRAIN, ROOT, SECONDS, STEPS_PER_EPOCH, Desk, Result, tree
 from test_scripts import (
     SECTION,
     STAGE_1,
@@ -238,7 +238,7 @@ def test_two_trainings_do_not_write_to_one_folder(trained: Desk, desk: Desk, run
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SECONDS
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not come"
         time.sleep(0.05)
