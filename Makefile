@@ -32,7 +32,7 @@ help:
 	@echo "make clean         remove what the demo has made, except the data set and the environment"
 
 $(VENV)/run: requirements.txt
-	@echo "== environment: $(VENV), with requirements.txt"
+	@echo "== environment: $(VENV), with requirements.txt (the first time some minutes; pip is silent)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

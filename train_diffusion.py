@@ -20,6 +20,7 @@ from ldm3d.latents import LatentCache, build_latent_cache
 from ldm3d.memory_advice import warn_if_too_large
 from ldm3d.montage import tensorboard_image
 from ldm3d.networks import count_parameters
+from ldm3d.outside import warn_if_cut_off
 from ldm3d.progress import EpochLog, Position, rounded
 from ldm3d.randomness import StepRandom
 from ldm3d.replay import kept_for_replay, replay
@@ -51,6 +52,7 @@ def main() -> None:
         autoencoder, card = load_autoencoder(env.model_dir)
         check_definition(env.model_dir / AUTOENCODER, card.definition, cfg.autoencoder_def, "autoencoder_def")
         data = prepare_data(cfg, env, remember_split=not args.dry_run)
+        warn_if_cut_off(cfg, data)
         latents = encode(autoencoder, card, data, run)
         run.fingerprint = fingerprint(cfg, latents.facts)
         volumes_a_step = cfg.diffusion_train.batch_size * cfg.diffusion_train.accumulate_steps

@@ -12,10 +12,10 @@ from typing import NoReturn
 
 import ldm3d.quick_start  # noqa: F401  before all that imports monai
 from ldm3d import distributed
-from ldm3d.allocator import keep_freed_memory, shortage
+from ldm3d.allocator import keep_freed_memory
 from ldm3d.checkpoint import LAST, Checkpoints
 from ldm3d.config import load_config, load_environment
-from ldm3d.errors import UserError
+from ldm3d.errors import MEMORY_GUIDE, UserError, shortage
 from ldm3d.files import require_writable
 from ldm3d.json_lines import use_json_lines
 from ldm3d.run import Run, how_to_start
@@ -25,7 +25,6 @@ from ldm3d.tracking import open_tracker
 EXIT_LOST, EXIT_USER_ERROR = 1, 2
 SECONDS_FOR_RANK_0 = 30.0
 """For which another process that has met rank 0's error waits: torchrun ends all as soon as one has ended."""
-MEMORY_GUIDE = "docs/TROUBLESHOOTING.md#memory"
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,15 +114,16 @@ def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -
     except UserError as error:
         if "--traceback" in sys.argv:
             raise
-        if distributed.is_main() or error.met_by_one:
-            print(f"error: {error.one_line()}", file=sys.stderr)
-        else:
+        alone = not distributed.is_main() and not error.met_by_one
+        if alone:
             time.sleep(SECONDS_FOR_RANK_0)
+        # Who is still there has met what rank 0 has not: a volume that it alone reads, a file of its own machine.
+        print(f"error: {_this_rank() if alone else ''}{error.one_line()}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
     except (RuntimeError, MemoryError) as error:
         if "--traceback" in sys.argv or not (shortage(error) or distributed.lost(error)):
             raise
-        rank = f"rank {os.environ['RANK']}: " if distributed.launched_by_torchrun() else ""
+        rank = _this_rank()
         if short := shortage(error):
             print(f"error: {rank}out of memory: {short}; lower batch_size, or see {MEMORY_GUIDE}", file=sys.stderr)
             raise SystemExit(EXIT_USER_ERROR) from None
@@ -134,3 +134,7 @@ def run_script(main: Callable[[], None], after_interrupt: str = "interrupted") -
         if distributed.is_main():
             print(after_interrupt, file=sys.stderr)
         raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
+
+
+def _this_rank() -> str:
+    return f"rank {os.environ['RANK']}: " if distributed.launched_by_torchrun() else ""

@@ -2,7 +2,7 @@
 
     python -m benchmarks.api
 
-Needs `wrk` (Debian's package), two cores that do nothing else, and 8 minutes. The long run is `benchmarks.soak`.
+Needs `wrk` (Debian's package), two cores that do nothing else, and 6 minutes. The long run is `benchmarks.soak`.
 """
 
 import time

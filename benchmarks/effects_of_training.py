@@ -207,7 +207,7 @@ def resume(model: DemoModel, steps: int) -> list[Row]:
 
 def _resumed_reference(model: DemoModel, steps: int) -> float:
     cfg = settings("demo", DDPM)
-    batches = model.images.split(4)
+    batches = model.images.chunk(2)
 
     def train(recipe: ReferenceDiffusion, first: int) -> Tensor:
         for step in range(first, first + steps):
@@ -224,7 +224,7 @@ def _resumed_reference(model: DemoModel, steps: int) -> float:
 
 def _resumed(model: DemoModel, steps: int) -> float:
     cfg = settings("demo", DDPM)
-    latents = model.mean.split(4)
+    latents = model.mean.chunk(2)
 
     def train(stage: DiffusionStage, first: int) -> Tensor:
         for step in range(first, first + steps):

@@ -1,4 +1,4 @@
-"""Memory: keep on the CPU what a step has freed for the next one; how much is free; whether it ran out."""
+"""Memory: keep on the CPU what a step has freed for the next one; how much is free."""
 
 import ctypes
 import sys
@@ -52,15 +52,6 @@ def freed_memory_returned() -> Iterator[None]:
         yield
     finally:
         keep_freed_memory()
-
-
-def shortage(error: BaseException) -> str | None:
-    """What torch or numpy said when a device or the machine had no memory left; None if the error is another."""
-    text = " ".join(str(error).split())
-    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text):
-        return None
-    # Before the message stands where torch noticed it; after three sentences CUDA's gives advice of its own.
-    return ". ".join(text.split("err == 0. ")[-1].split(". ")[:3]) or "no memory"
 
 
 def _tell_glibc(settings: dict[int, int]) -> None:

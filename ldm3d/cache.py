@@ -20,10 +20,11 @@ import numpy as np
 
 from ldm3d import distributed
 from ldm3d.cases import Case
-from ldm3d.checks import OnError, require_files, share_out, usable
+from ldm3d.checks import OnError, require_files, share_out, usable, warn_of_guessed_orientation
 from ldm3d.console import log
 from ldm3d.errors import DataError, OutputError
 from ldm3d.files import atomic_path, sha256, write_text
+from ldm3d.nifti import says_orientation
 from ldm3d.volumes import PERCENTILES, PREPARATION, load_prepared
 
 ONE = 65535
@@ -40,6 +41,7 @@ class _Ensured(NamedTuple):
     key: str
     files: dict[str, _Identity]
     made: bool
+    oriented: bool  # as far as is known: entries of earlier versions do not say
 
 
 class _Unusable(Exception):
@@ -80,6 +82,8 @@ class VolumeCache:
         self._files = {}  # of no further use, and as large as all that is kept of the cases
         ensured = {case.name: o for case, o in zip(cases, outcomes, strict=True) if not isinstance(o, DataError)}
         self._keys |= {name: outcome.key for name, outcome in ensured.items()}
+        guessed = [name for name, outcome in ensured.items() if not outcome.oriented]
+        warn_of_guessed_orientation(guessed, len(cases))
         made = sum(outcome.made for outcome in ensured.values())
         if made:
             log(f"{self.folder}: {made} volumes prepared, {len(ensured) - made} were there")
@@ -124,13 +128,14 @@ class VolumeCache:
         files = {str(path.absolute()): self._identify(path) for path in sources}
         key = self._digest(case, [digest for _, _, digest in files.values()])
         try:
-            self._verify(key) if thorough else self._header(key)
-            return _Ensured(key, files, made=False)
+            header = self._verify(key) if thorough else self._header(key)
+            return _Ensured(key, files, made=False, oriented=header.get("oriented", True))
         except _Unusable as reason:
             if thorough or self._path(key).exists():
                 log(f"{self._path(key)}: {reason}; made anew from {case.name}")
-        self._write(key, case, load_prepared(case, self.spacing))
-        return _Ensured(key, files, made=True)
+        volume, oriented = load_prepared(case, self.spacing), says_orientation(case.image)
+        self._write(key, case, volume, oriented)
+        return _Ensured(key, files, made=True, oriented=oriented)
 
     def _identify(self, path: Path) -> _Identity:
         try:
@@ -152,7 +157,7 @@ class VolumeCache:
         }
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
-    def _write(self, key: str, case: Case, volume: np.ndarray) -> None:
+    def _write(self, key: str, case: Case, volume: np.ndarray, oriented: bool) -> None:
         voxels = np.ascontiguousarray(np.rint(volume * ONE), dtype=_DTYPE)
         header = {
             "key": key,
@@ -160,6 +165,7 @@ class VolumeCache:
             "shape": voxels.shape,
             "spacing": self.spacing,
             "one": ONE,
+            "oriented": oriented,
             "crc32": zlib.crc32(voxels.data),
         }
         try:
@@ -190,11 +196,12 @@ class VolumeCache:
         shape = tuple(self._header(key)["shape"])
         return np.memmap(self._path(key), dtype=_DTYPE, mode="r", offset=HEADER_BYTES, shape=shape)
 
-    def _verify(self, key: str) -> None:
-        """Compare the voxels' checksum; done once for each entry and process. Raises `_Unusable`."""
+    def _verify(self, key: str) -> dict[str, Any]:
+        """Compare the voxels' checksum; done once for each entry and process. Gives its header. Raises `_Unusable`."""
         header = self._header(key)
         if zlib.crc32(self._map(key).data) != header.get("crc32"):
             raise _Unusable("has damaged voxels")
+        return header
 
     def _note_files(self, outcomes: Sequence[_Ensured | DataError]) -> None:
         """Note what was identified; store it now and then, as preparing many volumes takes hours."""

@@ -113,6 +113,16 @@ def _check_label(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> None
         raise DataError(f"{path}: the label lies {apart:.3g} mm beside its image")
 
 
+def warn_of_guessed_orientation(names: Sequence[str], count: int) -> None:
+    """One line for all `names` of `count` cases whose files do not say where their axes point."""
+    if names:
+        log(
+            f"warning: {len(names)} of {count} cases do not say how they lie (qform_code and sform_code are 0): "
+            f"{names[0]}, for one. Their axes are taken to point to the left, the front and the top; look at some, and "
+            "mend the headers where that is wrong"
+        )
+
+
 def share_out(
     function: Callable[[Case], T],
     cases: Sequence[Case],

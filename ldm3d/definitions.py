@@ -8,7 +8,9 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Size = tuple[Positive, Positive, Positive]
+# No scan has more voxels a side, and much larger numbers overflow in torch.
+_Side = Annotated[Positive, Field(le=4096)]
+Size = tuple[_Side, _Side, _Side]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 VOXEL_SIZE_MM = (0.1, 20.0)
 """Voxels smaller or larger are no scan's: a mistyped spacing, or a header in another unit."""

@@ -41,6 +41,10 @@ def copy_configs() -> int:
     if output.exists():
         print(f"error: {output}: exists already; name another folder with --output", file=sys.stderr)
         return 2
-    shutil.copytree(SCRIPTS / "config", output)
+    try:
+        shutil.copytree(SCRIPTS / "config", output)
+    except OSError as error:
+        print(f"error: {output}: cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 2
     print(f"{len(list(output.iterdir()))} files in {output}")
     return 0

@@ -1,4 +1,9 @@
-"""What a user can get wrong, as exceptions whose text says what, where, and what would be right."""
+"""What a user can get wrong, as exceptions whose text says what, where, and what would be right.
+
+Besides: whether another error says that memory ran out, which is for the user to mend too.
+"""
+
+MEMORY_GUIDE = "docs/TROUBLESHOOTING.md#memory"
 
 
 class UserError(Exception):
@@ -92,3 +97,18 @@ class NonFiniteValidation(UserError):
             f"validation is not finite: {measure} on cases {shown}; these weights were not published, what was saved "
             "and published before is intact; see docs/NaN_FIX_GUIDE.md"
         )
+
+
+def shortage(error: BaseException) -> str | None:
+    """What torch or numpy said when a device or the machine had no memory left; None if the error is another."""
+    text = str(error)
+    # torch's own kind is known by its name, so that programs without torch can ask too.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "Traceback (most recent call last):" in text:  # of a process that loads data, as torch hands it on
+        kind, _, text = text.strip().splitlines()[-1].partition(": ")
+        kinds = {"MemoryError"} if kind.endswith("MemoryError") else set()
+    text = " ".join(text.split())
+    if not (kinds & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in text):
+        return None
+    # Before the message stands where torch noticed it; after three sentences CUDA's gives advice of its own.
+    return ". ".join(text.split("err == 0. ")[-1].split(". ")[:3]) or "no memory"

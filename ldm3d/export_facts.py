@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from ldm3d import __version__
 from ldm3d.cards import AutoencoderCard, DiffusionCard
@@ -23,7 +23,7 @@ WARNING = (
 class Metric(BaseModel):
     """One figure of evaluate.py; what it was judged against is left to metrics.json itself."""
 
-    value: float
+    value: FiniteFloat
     direction: str
     n: dict[str, int]
 
@@ -104,7 +104,7 @@ class Facts:
 
 
 def read_metrics(path: Path | None, card: DiffusionCard) -> dict[str, Metric]:
-    """The figures of a metrics.json that evaluate.py wrote; none without a path.
+    """The figures of a metrics.json that evaluate.py wrote, as far as they have a value; none without a path.
 
     Raises:
         ConfigError: it cannot be read, is something else, or is about volumes of another kind.
@@ -113,11 +113,13 @@ def read_metrics(path: Path | None, card: DiffusionCard) -> dict[str, Metric]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        # evaluate.py writes null where a figure has no value: too few volumes, say.
+        content["metrics"] = {name: one for name, one in content["metrics"].items() if one["value"] is not None}
         metrics = Metrics.model_validate(content).metrics
         made = content["made"]["channel"], tuple(content["made"]["spacing_mm"])
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, ValidationError, KeyError, TypeError) as error:
+    except (ValueError, ValidationError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: is not a metrics.json of evaluate.py") from error
     if made != (card.channel, card.spacing):
         raise ConfigError(

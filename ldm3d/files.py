@@ -3,6 +3,7 @@
 import hashlib
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,11 +29,14 @@ def atomic_path(target: str | Path, mode: int | None = None) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{target.name}")
         # The system applies the umask. To ask for it is to change it, which other threads would feel.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode))
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode)
+        wanted = stat.S_IMODE(os.fstat(handle).st_mode) if mode is None else mode
+        os.close(handle)
         yield temporary
         _flush(temporary)
-        if mode is not None:
-            temporary.chmod(mode)
+        # A writer may have put a file of its own in this place: that of safetensors is closed to others.
+        if stat.S_IMODE(temporary.stat().st_mode) != wanted:
+            temporary.chmod(wanted)
         temporary.replace(target)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error

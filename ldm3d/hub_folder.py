@@ -40,8 +40,9 @@ def write_hub_folder(folder: Path, facts: Facts) -> None:
 
 
 def model_card(facts: Facts) -> str:
-    # JSON is YAML too, and needs no rules of its own for what must stand in quotes.
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front_matter(facts).items())
+    # JSON is YAML too, and needs no rules of its own for what must stand in quotes. But YAML joins no \u escapes to one
+    # letter, as JSON does beyond the first 65,536.
+    front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front_matter(facts).items())
     return f"""---
 {front}
 ---

@@ -99,6 +99,16 @@ def orientation_of(path: str | Path) -> str:
     return "".join(nib.aff2axcodes(_checked_affine(path, _opened(path))))
 
 
+def says_orientation(path: str | Path) -> bool:
+    """Whether a file's header says where its axes point: without `qform` and `sform` everyone guesses.
+
+    Raises:
+        DataError: as `read_volume`.
+    """
+    header = _opened(path).header
+    return bool(header["qform_code"] or header["sform_code"])
+
+
 def _opened(path: str | Path) -> Any:
     """The image with its header read and its dimensions checked, its voxels not."""
     try:

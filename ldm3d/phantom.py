@@ -240,7 +240,7 @@ def _description(num: int, made_from: dict[str, Any]) -> dict[str, Any]:
         "name": "BRATS",
         "description": "Embedded data set, no patients: simulated tumours in brains bent from the ICBM152 template",
         "reference": "Fonov et al. 2009, ICBM152 2009a non-linear symmetric template",
-        "licence": "as the ICBM152 template in nilearn",
+        "licence": "as the ICBM152 template, whose licence nilearn gives as unknown",
         "release": f"phantom {VERSION}",
         "tensorImageSize": "4D",
         "modality": {str(channel): name for channel, name in enumerate(CHANNELS)},

@@ -8,8 +8,9 @@ imports monai.
 import sys
 from typing import Any, cast
 
-UNUSED_BY_US = ("matplotlib", "pandas", "scipy.signal", "scipy.stats", "sklearn", "tensorboard")
-"""Only monai does not find them. What else imports them, then or later, gets them."""
+UNUSED_BY_US = ("matplotlib", "mlflow", "pandas", "scipy.signal", "scipy.stats", "sklearn", "tensorboard")
+"""Not found while monai is imported; what imports them later gets them. mlflow is among them because it is imported by
+monai, and would for good be without what needs pandas."""
 
 
 def _import_monai() -> None:

@@ -111,7 +111,7 @@ def how_to_start(checkpoints: Checkpoints, asked: str | None, init_from: Path | 
         return checkpoints.exist()
     if asked and (init_from or overwrite):
         other = "--init-from" if init_from else "--overwrite"
-        raise ConfigError(f"--resume and {other} exclude each other: a resumed run goes on with what is there")
+        raise ConfigError(f"--resume and {other} exclude each other: going on needs no {other}, leave it out")
     if asked and not checkpoints.exist():
         raise CheckpointError(f"{checkpoints.path}: there is no checkpoint to resume from; start without --resume")
     if not asked and not overwrite and checkpoints.exist():

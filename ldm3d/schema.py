@@ -79,12 +79,12 @@ class Config(Strict):
     `true` is the same) keeps least. What each was measured to cost is in docs/MULTI_GPU_OPTIMIZATION_SUMMARY.md."""
     ddp_backend: Literal["nccl", "gloo"] | None = None
     """Communication between processes. Null is nccl on GPUs and gloo on CPUs."""
-    ddp_timeout_seconds: PositiveFloat = 600.0
-    """Seconds that a process waits for the others before the run fails."""
+    ddp_timeout_seconds: Annotated[PositiveFloat, Field(le=7 * 24 * 3600)] = 600.0
+    """Seconds that a process waits for the others before the run fails, a week at most."""
     checkpoint_every_minutes: Annotated[float, Field(ge=0)] = 10.0
     """Minutes between two saved training states; 0 saves after every step. A killed run loses no more than this; one
     that is stopped by Ctrl-C or SIGTERM saves first and loses nothing."""
-    keep_last: Positive = 2
+    keep_last: Annotated[Positive, Field(le=1000)] = 2
     """How many training states are kept: if the newest is damaged, the one before it is used."""
     max_skipped_steps: NotNegative = 10
     """Steps in a row that may be lost to float16's overflows, as loss scaling expects some; one more stops the

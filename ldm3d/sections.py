@@ -14,7 +14,7 @@ from ldm3d.definitions import Fraction, NotNegative, Positive, PositiveFloat, Si
 class Optimization(Strict):
     """What both stages' trainings have in common."""
 
-    batch_size: Positive
+    batch_size: Annotated[Positive, Field(le=10**6)]
     """Volumes of one step on each process. The first key to lower where memory is short."""
     patch_size: Size
     """Voxels along x, y and z of what one volume contributes: a random crop in stage 1, the crop around its middle in
@@ -30,13 +30,13 @@ class Optimization(Strict):
     """After the warm-up: stay at `lr`, or fall to zero along half a cosine, which ends with `max_epochs`."""
     warm_up_steps: NotNegative = 0
     """Steps over which the learning rate rises linearly from near zero to `lr`."""
-    weight_decay: Weight = 0.0
+    weight_decay: Annotated[Weight, Field(le=1000)] = 0.0
     """Decoupled weight decay of AdamW; 0 has none."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradients of all weights together are scaled down to this Euclidean norm where they exceed it."""
     flip: bool = False
     """Mirror left and right at random: doubles the data where the side does not matter."""
-    accumulate_steps: Positive = 1
+    accumulate_steps: Annotated[Positive, Field(le=10**6)] = 1
     """Batches on each process whose gradients make one step together: as if `batch_size` were so many times larger, for
     the memory of one batch."""
     scale_lr: Literal["none", "sqrt", "linear"] = "none"
@@ -90,7 +90,7 @@ class DdpmSchedule(Strict):
 
     type: Literal["ddpm"] = "ddpm"
     """Kind of diffusion. May be left out, as in the tutorial's configs."""
-    num_train_timesteps: Positive = 1000
+    num_train_timesteps: Annotated[Positive, Field(le=10**6)] = 1000
     """Number of noise levels."""
     schedule: Literal["linear_beta", "scaled_linear_beta", "sigmoid_beta", "cosine"] = "scaled_linear_beta"
     """How the variance of a step's noise, beta, grows from `beta_start` to `beta_end`. `cosine` has its own values."""
@@ -107,7 +107,7 @@ class RFlowSchedule(Strict):
 
     type: Literal["rflow"]
     """Kind of diffusion."""
-    num_train_timesteps: Positive = 1000
+    num_train_timesteps: Annotated[Positive, Field(le=10**6)] = 1000
     """Scale of the timestep that the network is given; the path itself is continuous."""
     timesteps: Literal["uniform", "logit-normal"] = "logit-normal"
     """Distribution of training timesteps (Esser et al. 2024, section 3.1); `logit-normal` trains the middle of the path
@@ -127,8 +127,9 @@ class DataConfig(Strict):
     """How files lie in `data_base_dir`: the Decathlon's Task01_BrainTumour, BraTS case folders, or a plain folder or
     list of NIfTI files; `auto` looks."""
     datalist: Path | None = None
-    """JSON or CSV list of files with the column `image` and optional columns `label`, `name`, `modality`, `age`, `sex`
-    and `split`. The path starts at the current folder or at `data_base_dir`."""
+    """JSON or CSV list of files with the column `image` and optional columns `label`, `name`, `modality`, `age`, `sex`,
+    `split` and `subject`: who has the same subject is trained on or held out together. The path starts at the current
+    folder or at `data_base_dir`."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a damaged case does: stop before the first epoch, or be left out with a line that says why."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -136,13 +137,13 @@ class DataConfig(Strict):
     kept in `model_dir`."""
     split_seed: int = 0
     """Another seed gives another split, until one is kept in `model_dir`. The split depends on this and on the cases'
-    names."""
+    names, or their subjects where a list says them."""
     cache_dir: Path | None = None
     """Folder for prepared volumes and latents: a fast local disk is best. Null keeps them in `cache` in
     `data_base_dir`."""
     latents_dir: Path | None = None
     """Folder for latents, if not beside the prepared volumes: those may lie where a run cannot write."""
-    num_workers: NotNegative = 2
+    num_workers: Annotated[NotNegative, Field(le=1000)] = 2
     """Processes that load batches, for each training process; 0 loads in the training process itself."""
 
 
@@ -156,7 +157,7 @@ class SamplingConfig(Strict):
     `num_train_timesteps` for ddpm."""
     batch_size: Positive = 1
     """Volumes sampled at once; changes speed and memory, never the result."""
-    decode_gib: PositiveFloat | None = None
+    decode_gib: Annotated[PositiveFloat, Field(le=10**6)] | None = None
     """GiB that decoding may take on top of the weights, on the GPU or in memory. What does not fit is decoded in
     pieces. Null is what is free."""
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from ldm3d.errors import UserError
+from ldm3d.errors import MEMORY_GUIDE, UserError, shortage
 
 EXIT_USER_ERROR = 2
 
@@ -23,12 +23,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:
-    """Call `main`, print a user's mistake as one line, and exit."""
+    """Call `main`, print a user's mistake, or that memory ran out, as one line, and exit."""
     try:
         code = main()
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error.one_line()}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except (RuntimeError, MemoryError) as error:
+        if not (short := shortage(error)):
+            raise
+        print(f"error: out of memory: {short}; see {MEMORY_GUIDE}", file=sys.stderr)
         code = EXIT_USER_ERROR
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()

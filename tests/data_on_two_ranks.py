@@ -22,10 +22,10 @@ def load_and_note(case: Case, spacing: tuple[float, ...]) -> np.ndarray:
     return load_prepared(case, spacing)
 
 
-def write_unless_full(self: cache.VolumeCache, key: str, case: Case, volume: np.ndarray) -> None:
+def write_unless_full(self: cache.VolumeCache, key: str, case: Case, volume: np.ndarray, oriented: bool) -> None:
     if "disk" in self.folder.parts and distributed.rank() == 1:
         raise OutputError("disk full on rank 1")
-    write(self, key, case, volume)
+    write(self, key, case, volume, oriented)
 
 
 def seen(cfg: Config, env: Environment) -> dict[str, Any]:

@@ -239,7 +239,8 @@ def test_entries_are_shown_by_caller_and_time(tmp_path: Path) -> None:
     assert [json.loads(line)["seq"] for line in shown.stdout.splitlines()] == [1, 2]
     assert len(command("show", "--folder", tmp_path, "--since", "2020-01-01").stdout.splitlines()) == 3
     assert command("show", "--folder", tmp_path, "--since", "2999-01-01T00:00:00+02:00").stdout == ""
-    assert command("show", "--folder", tmp_path, "--since", "yesterday").returncode == 2
+    refused = command("show", "--folder", tmp_path, "--since", "yesterday")
+    assert refused.returncode == 2 and "'yesterday' is no time such as 2026-01-31" in refused.stderr
 
 
 # ---------------------------------------------------------------- rotation

@@ -90,14 +90,18 @@ def test_one_bad_job_takes_no_other_with_it(
     assert "/secret/path" in capsys.readouterr().err
 
 
+NO_MEMORY = [torch.cuda.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu"])
 def test_too_little_memory_for_a_batch_halves_it(
-    store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+    error: Exception, store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
 
     def when(ids: list[Any]) -> Exception | None:
         sizes.append(len(ids))
-        return torch.cuda.OutOfMemoryError("no memory") if len(ids) > 1 else None
+        return error if len(ids) > 1 else None
 
     job = accept(store, num=4)
     failing(sampler, monkeypatch, when)
@@ -107,11 +111,12 @@ def test_too_little_memory_for_a_batch_halves_it(
     assert sizes == [4, 2, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["cuda", "cpu"])
 def test_too_little_memory_for_one_volume_says_so(
-    store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+    error: Exception, store: JobStore, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = accept(store)
-    failing(sampler, monkeypatch, lambda ids: torch.cuda.OutOfMemoryError("no memory"))
+    failing(sampler, monkeypatch, lambda ids: error)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     run(store, sampler, job)
     assert seen(store, job).error == "the device has not memory enough for one volume"

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from ldm3d.errors import OutputError
-from mlops.api import jobs, records
-from mlops.api.jobs import JobStore, KeyReused, Refused
+from mlops.api import caller_folder, jobs, records
+from mlops.api.caller_folder import KeyReused, Refused
+from mlops.api.jobs import JobStore
 from mlops.api.queue import LATE, URGENT, Queue
 from mlops.api.records import Outcome, Record, new_job_id
 from mlops.api.schemas import Progress, ResolvedRequest
@@ -130,7 +132,8 @@ def test_a_request_that_dies_before_its_job_is_kept_leaves_nothing_that_counts(
 
     job = record()
     with monkeypatch.context() as patched:
-        patched.setattr(jobs, "write_text", dies)
+        for module in (caller_folder, jobs):
+            patched.setattr(module, "write_text", dies)
         with pytest.raises(KeyboardInterrupt):
             store.accept(job, "key")
     assert store.read(job.id) is None
@@ -263,7 +266,7 @@ def test_a_lost_mark_loses_no_job_and_nothing_is_left_of_what_is_none(store: Job
 
 def test_a_worker_that_finds_another_at_order_goes_on(store: JobStore) -> None:
     job, _ = store.accept(record())
-    with store.locked(store.data_dir / ".recovery.lock"):
+    with FileLock(store.data_dir / ".recovery.lock"):
         assert recover(store, lambda worker: True) == [job.id]
 
 

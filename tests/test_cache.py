@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from nifti_files import make_cases, volume, write
@@ -17,6 +18,7 @@ from ldm3d import checks, files
 from ldm3d.cache import HEADER_BYTES, VolumeCache
 from ldm3d.cases import Case
 from ldm3d.errors import DataError, OutputError
+from ldm3d.nifti import orientation_of
 from ldm3d.volumes import load_prepared
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +160,20 @@ def test_a_damaged_entry_is_made_anew_when_read(tmp_path, cases, decoded, damage
     assert (cache.load(cases[2]) == wanted).all()
     assert decoded[3:] == ["c02"]
     assert "made anew from c02" in capsys.readouterr().err
+
+
+def test_one_line_says_whose_orientation_is_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = make_cases(tmp_path / "data", 4)
+    for case in cases[1:3]:
+        nib.save(nib.Nifti1Image(volume(int(case.name[1:])), None), case.image)
+        assert orientation_of(case.image) == "LAS"  # as the line says
+    for _ in range(2):  # also where all of them are in the cache
+        built(tmp_path, cases)
+        said = capsys.readouterr().err
+        assert said.count("warning: ") == 1
+        assert "warning: 2 of 4 cases do not say how they lie (qform_code and sform_code are 0): c01, " in said
+    built(tmp_path, cases[:1])
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_damaged_index_only_costs_time(tmp_path: Path, cases: list[Case], decoded: list[str]) -> None:

@@ -414,6 +414,25 @@ def test_the_last_set_wins(tmp_path: Path) -> None:
         ("autoencodr_train.lr=3", "autoencodr_train: no such key; did you mean 'autoencoder_train'?"),
         ("autoencoder_train.lr=fast", "autoencoder_train.lr: 'fast': Input should be a valid number"),
         ("autoencoder_train.lr=NaN", "autoencoder_train.lr: nan: Input should be a finite number"),
+        # What would overflow or never end, later and without a word of the key.
+        ("ddp_timeout_seconds=1e300", "ddp_timeout_seconds: 1e+300: Input should be less than or equal to 604800"),
+        ("sampling.decode_gib=1e300", "sampling.decode_gib: 1e+300: Input should be less than or equal to 1000000"),
+        ("keep_last=1000000000000", "keep_last: 1000000000000: Input should be less than or equal to 1000"),
+        (
+            "diffusion_train.weight_decay=1e300",
+            "diffusion_train.weight_decay: 1e+300: Input should be less than or equal to 1000",
+        ),
+        (
+            "diffusion_train.patch_size=[16,16,1000000000]",
+            "diffusion_train.patch_size.2: 1000000000: Input should be less than or equal to 4096",
+        ),
+        ("NoiseScheduler.num_train_timesteps=1000000000000", "NoiseScheduler.num_train_timesteps: 1000000000000: "),
+        (
+            "diffusion_train.batch_size=1000000000000",
+            "diffusion_train.batch_size: 1000000000000: Input should be less than or equal to 1000000",
+        ),
+        ("diffusion_train.accumulate_steps=1000000000000", "diffusion_train.accumulate_steps: 1000000000000: "),
+        ("data.num_workers=1000000", "data.num_workers: 1000000: Input should be less than or equal to 1000"),
         ("amp=True", "amp: 'True': Input should be a valid boolean"),
         ("autoencoder_train.patch_size=[9,8,8]", "autoencoder_train.patch_size [9, 8, 8] must be divisible by 4 "),
     ],

@@ -58,7 +58,7 @@ def test_types_limits_and_defaults_are_said() -> None:
         "| --- | --- | --- | --- |",
         "| `whole` | integer > 0 | required | A. |",
         "| `share` | number ≥ 0, < 1 | `0.5` | B, over two lines. |",
-        "| `size` | 3 x integer > 0 or `null` | `null` | C. |",
+        "| `size` | 3 x integer > 0, ≤ 4096 or `null` | `null` | C. |",
         "| `levels` | integer > 0 or list of: `true` or `false` | `2` | D. |",
         '| `choice` | `"x"`, `"y"` or `3` | `"x"` | E. |',
         "| `where` | path or `null` | `null` | F. |",

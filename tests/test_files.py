@@ -114,6 +114,18 @@ def test_others_may_read_the_file_as_far_as_the_umask_allows(tmp_path: Path, uma
     assert os.umask(umask) == umask  # asking for it has not changed it
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs permission bits")
+@pytest.mark.parametrize(("mode", "expected"), [(None, 0o640), (0o600, 0o600), (0o644, 0o644)])
+def test_so_they_may_where_a_writer_puts_a_file_of_its_own(
+    mode: int | None, expected: int, tmp_path: Path, umask: int
+) -> None:
+    with atomic_path(tmp_path / "file.txt", mode) as path:
+        own = tmp_path / "own"
+        own.touch(0o600)
+        own.replace(path)
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == expected
+
+
 def test_text_is_utf8(tmp_path: Path) -> None:
     write_text(tmp_path / "file.txt", "café")
     assert (tmp_path / "file.txt").read_bytes() == "café".encode()

@@ -19,7 +19,7 @@ ROOMS = """
     brain reference_profile volume_facts
     randomness networks losses diffusion weights encoding allocator kernels training latents checkpoint
     mlflow_tracking profiling tracking progress slabs decoding_costs decoding sampling samples tutorial
-    montage features metrics report interior copies training_profile
+    montage features metrics report interior copies training_profile outside
     autoencoder_stage diffusion_stage replay signals run
     live_bytes sampling_memory perceptual_shape memory_phases memory_advice memory
     generate export_facts monai_bundle hub_folder bundle

@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -20,7 +22,7 @@ from monai.bundle.properties import InferProperties
 from monai.bundle.utils import DEFAULT_METADATA
 
 import utils
-from ldm3d import __version__, bundle
+from ldm3d import __version__, bundle, hub_folder
 from ldm3d.cards import AUTOENCODER, UNET
 from ldm3d.config import load_config
 from ldm3d.files import sha256
@@ -50,7 +52,11 @@ def publish(folder: Path, seed: int = 0) -> Path:
     content["tracking"]["mlflow_uri"] = f"file:{NAMES[1]}/mlruns"
     (folder / "config.json").write_text(json.dumps(content))
     made = {"channel": 0, "spacing_mm": [3.0, 3.0, 3.0], "config": f"{NAMES[1]}/config.json"}
-    figures = {"made": made, "metrics": {"kid": METRIC}, "nearest_training_volumes": [{"nearest": NAMES[0]}]}
+    figures = {
+        "made": made,
+        "metrics": {"kid": METRIC, "mmd": METRIC | {"value": None}},
+        "nearest_training_volumes": [{"nearest": NAMES[0]}],
+    }
     (folder / "metrics.json").write_text(json.dumps(figures))
     return folder
 
@@ -213,6 +219,12 @@ def test_the_card_s_metadata_are_those_of_the_hub(made: Path) -> None:
     assert "*.safetensors filter=lfs" in (made / "hub/.gitattributes").read_text()
 
 
+def test_names_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"license": "no: [x", "name": 'Gehirn \U0001f9e0 # "zwölf"\n---\n'}
+    monkeypatch.setattr(hub_folder, "front_matter", lambda facts: said)
+    assert yaml.safe_load(hub_folder.model_card(mock.MagicMock()).split("\n---\n")[0]) == said
+
+
 def test_huggingface_hub_reads_the_card(made: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     data = hub.ModelCard.load(made / "hub/README.md").data
@@ -259,6 +271,9 @@ def another_autoencoder(folder: Path) -> None:
     save_weights(folder / "model" / AUTOENCODER, tiny.autoencoder(cfg, seed=8).state_dict(), tiny.autoencoder_card(cfg))
 
 
+NOT_A_NUMBER = json.dumps(
+    {"made": {"channel": 0, "spacing_mm": [3, 3, 3]}, "metrics": {"kid": METRIC | {"value": math.nan}}}
+)
 OTHER = json.dumps({"made": {"channel": 1, "spacing_mm": [3, 3, 3]}, "metrics": {}})
 
 
@@ -276,6 +291,8 @@ OTHER = json.dumps({"made": {"channel": 1, "spacing_mm": [3, 3, 3]}, "metrics": 
         (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
         (lambda f: (f / "metrics.json").unlink(), "metrics.json: cannot be read"),
         (lambda f: spoil_metrics(f, "[]"), "metrics.json: is not a metrics.json of evaluate.py"),
+        (lambda f: spoil_metrics(f, '{"metrics": []}'), "metrics.json: is not a metrics.json of evaluate.py"),
+        (lambda f: spoil_metrics(f, NOT_A_NUMBER), "metrics.json: is not a metrics.json of evaluate.py"),
         (lambda f: spoil_metrics(f, OTHER), "is about channel 1 at [3, 3, 3] mm; the weights make channel 0"),
         (lambda f: (f / "out").mkdir(), "out: exists already; name another folder"),
     ],

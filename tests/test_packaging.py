@@ -176,6 +176,10 @@ def test_configs_that_are_there_are_not_overwritten(
     assert entry_points.copy_configs() == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: exists already; name another folder with --output\n"
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["ldm3d-copy-configs", "--output", str(tmp_path / "file" / "config")])
+    assert entry_points.copy_configs() == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/file/config: cannot be written: Not a directory\n"
 
 
 # The version, said in one place and repeated in others

@@ -71,7 +71,8 @@ def test_bad_lists_are_seen() -> None:
 
 def test_linked_files_that_are_no_pages_are_copied() -> None:
     text = (
-        "![a](../figs/speed.png) [b](../LICENSE) [c](API.md#x) [d](https://x.org/LICENSE) [e](none.png) [f](../tests)"
+        "![a](../figs/speed.png) [b](../LICENSE) [c](API.md#x) [d](https://x.org/LICENSE) [e](none.png) [f](../tests) "
+        f"[h](/etc/hosts) [i](../../etc/hosts) [j]({Path(__file__)})"
     )
     assert list(hooks.linked("docs/PAGE.md", f"{text}\n```text\n[g](../Makefile)\n```")) == [
         "figs/speed.png",

@@ -118,8 +118,94 @@ def test_a_store_that_leaves_one_side_empty(tmp_path: Path) -> None:
         split_cases(train, 0.2, 0, store)
 
 
+def scans(subject: str, *names: str, split: str | None = None) -> list[Case]:
+    attributes = (("split", split),) if split else ()
+    return [Case(name, Path(f"{name}.nii.gz"), attributes=(*attributes, ("subject", subject))) for name in names]
+
+
+def people(num: int) -> list[Case]:
+    """Two scans each, whose names do not say whose they are."""
+    return [scan for person in range(num) for scan in scans(f"p{person}", f"a{person}", f"z{num - person}")]
+
+
+def subjects(split) -> tuple[set[str | None], ...]:  # type: ignore[no-untyped-def]
+    return tuple({case.attribute("subject") for case in side} for side in (split.train, split.validation))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("fraction", "num"), [(0.01, 2), (0.3, 6), (0.99, 18)])
+def test_a_subject_is_on_one_side(fraction: float, num: int, seed: int) -> None:
+    split = split_cases(people(10), fraction, seed)
+    train, validation = subjects(split)
+    assert not train & validation
+    assert len(split.validation) == num
+    # Files of other names are no other people.
+    renamed = [case for person in range(10) for case in scans(f"p{person}", f"x{person}", f"b{person}")]
+    assert subjects(split_cases(renamed, fraction, seed)) == (train, validation)
+
+
+def test_one_large_subject_leaves_something_to_train_on() -> None:
+    for seed in range(5):
+        split = split_cases(scans("many", *"abcdef") + scans("few", "g"), 0.9, seed)
+        assert split.train and split.validation
+    with pytest.raises(DataError, match="all 6 usable cases are of subject many; 2 subjects are needed at least"):
+        split_cases(scans("many", *"abcdef"), 0.5, 0)
+
+
+def test_later_scans_go_where_the_subject_is(tmp_path: Path) -> None:
+    store = tmp_path / "split.json"
+    train, validation = subjects(split_cases(people(10), 0.3, 0, store))
+    before = store.read_bytes()
+    split_cases(people(10), 0.3, 0, store)
+    assert store.read_bytes() == before
+    # Also where none of the subject's earlier scans is there.
+    later = [case for person in range(10) for case in scans(f"p{person}", f"later{person}")]
+    assert subjects(split_cases(later, 0.9, 1, store)) == (train, validation)
+    assert subjects(split_cases(people(10) + later, 0.9, 2, store)) == (train, validation)
+
+
+@pytest.mark.parametrize("side", ["train", "validation"])
+def test_the_column_split_takes_a_subjects_other_scans_along(side: str) -> None:
+    given = scans("p0", "a", split=side) + scans("p0", "b", "c") + scans("p1", "d") + scans("p2", "e")
+    split = split_cases(given, 0.4, 0)
+    assert {"a", "b", "c"} <= {case.name for case in getattr(split, side)}
+
+
+def test_a_subject_that_was_put_on_both_sides_is_refused(tmp_path: Path) -> None:
+    refused = (
+        r"^cases of one subject are on both sides: p0 \(a, c in train, b in validation\); give all cases of a subject "
+        "the same side in the data's column split, or delete split.json"
+    )
+    of_others = scans("p1", "d", "e")
+    by_column = scans("p0", "a", "c", split="train") + scans("p0", "b", split="validation")
+    with pytest.raises(DataError, match=refused):
+        split_cases(by_column + of_others, 0.4, 0)
+    store = tmp_path / "split.json"
+    store.write_text('{"seed": 0, "val_fraction": 0.4, "train": ["a", "c", "d"], "validation": ["b"]}')
+    with pytest.raises(DataError, match=refused):
+        split_cases(scans("p0", "a", "b", "c") + of_others, 0.4, 0, store)
+    mended = scans("p0", "a", "b", "c", split="train") + scans("p1", "d", "e", split="validation")
+    assert held_out(split_cases(mended, 0.4, 0, store)) == {"d", "e"}
+
+
+def test_who_names_no_subjects_has_the_split_and_the_file_of_before(tmp_path: Path) -> None:
+    """As they were when there was no column `subject`."""
+    store = tmp_path / "split.json"
+    split_cases(many(10), 0.3, 0, store)
+    content = json.loads(store.read_text())
+    assert list(content) == ["seed", "val_fraction", "train", "validation"]
+    assert content["validation"] == ["case_000", "case_006", "case_008"]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"train": []}', '{"seed": 0, "val_fraction": 0.1, "train": 3, "validation": []}']
+    "text",
+    [
+        "",
+        "[]",
+        '{"train": []}',
+        '{"seed": 0, "val_fraction": 0.1, "train": 3, "validation": []}',
+        '{"seed": 0, "val_fraction": 0.1, "train": [], "validation": [], "subjects": []}',
+    ],
 )
 def test_a_damaged_store(tmp_path: Path, text: str) -> None:
     store = tmp_path / "split.json"

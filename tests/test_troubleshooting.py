@@ -17,13 +17,16 @@ import tiny
 import torch
 from documents import ROOT, anchors, blocks, first_column, section
 from test_docs_readme import message_patterns  # noqa: F401 (a fixture)
+from torch._utils import ExceptionWrapper
 
 import train_autoencoder
 import utils
-from ldm3d.allocator import shortage
-from ldm3d.errors import ConfigError
+from ldm3d.errors import MEMORY_GUIDE, ConfigError, shortage
 from ldm3d.nifti import write_volume
 from mlops.api import metrics
+from mlops.batch.__main__ import run as run_batch
+from mlops.commands import run_command
+from mlops.monitoring import data_drift
 
 PAGE = ROOT / "docs" / "TROUBLESHOOTING.md"
 TEXT = PAGE.read_text()
@@ -115,7 +118,7 @@ def test_every_section_is_led_to() -> None:
     headings = anchors(TEXT) - {"when-something-goes-wrong", "by-symptom", "by-message"}
     led_to = set(re.findall(r"\(#([\w-]+)\)", section(TEXT, "By symptom") + section(TEXT, "Asking for help")))
     assert headings - led_to - {"asking-for-help"} == set()
-    assert utils.MEMORY_GUIDE.removeprefix(f"docs/{PAGE.name}#") in headings
+    assert MEMORY_GUIDE.removeprefix(f"docs/{PAGE.name}#") in headings
 
 
 # What the page relies on.
@@ -127,13 +130,47 @@ def test_no_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
 
     said = "error: out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     code, (line,) = end_of(allocate, capsys)
-    assert code == 2 and line.startswith(said) and line.endswith(f"; lower batch_size, or see {utils.MEMORY_GUIDE}")
+    assert code == 2 and line.startswith(said) and line.endswith(f"; lower batch_size, or see {MEMORY_GUIDE}")
     assert end_of(lambda: np.empty(2**59), capsys)[1][0].startswith("error: out of memory: Unable to allocate")
+    for loading in (allocate, lambda: np.empty(2**59)):
+        (line,) = end_of(loaded(loading).reraise, capsys)[1]
+        assert re.match("error: out of memory: (DefaultCPUAllocator: can't|Unable to) allocate", line)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     (line,) = end_of(partial(raises, torch.OutOfMemoryError(CUDA)), capsys)[1]
     assert line.startswith("error: rank 1: out of memory: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
     assert "Including" not in line
+
+
+def loaded(work: Callable[[], object]) -> ExceptionWrapper:
+    """The error of `work` as torch hands it on from a process that loads data."""
+    try:
+        work()
+    except Exception:
+        return ExceptionWrapper(where="in DataLoader worker process 0")
+    raise AssertionError("nothing went wrong")
+
+
+def test_no_memory_is_one_line_of_the_services_commands_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data_drift, "run", lambda: np.empty(2**59))
+    for start, advice in (
+        (lambda: run_batch(lambda: torch.empty(2**60)), "lower --batch-size, or see"),
+        (lambda: run_command(lambda: np.empty(2**59)), "see"),
+        (lambda: run_command(data_drift.main), "see"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            start()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and line.startswith("error: out of memory: ")
+        assert line.endswith(f"; {advice} {MEMORY_GUIDE}")
+    for run in (run_batch, run_command):
+        with pytest.raises(RuntimeError, match="shapes"):
+            run(partial(raises, RuntimeError("shapes do not fit")))
+    monkeypatch.setattr("sys.argv", ["batch", "--traceback"])
+    with pytest.raises(torch.OutOfMemoryError):
+        run_batch(partial(raises, torch.OutOfMemoryError(CUDA)))
 
 
 def test_other_errors_are_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,14 +183,15 @@ def test_other_errors_are_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rank_0_is_waited_for_where_all_have_met_an_error(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """torchrun ends rank 0 as soon as another process ends: nobody would say what is wrong."""
+    """torchrun ends rank 0 as soon as another process ends: nobody would say what is wrong. Who is left was alone."""
     waited: list[float] = []
     monkeypatch.setattr(utils.time, "sleep", waited.append)
-    for rank, expected in (("0", []), ("1", [utils.SECONDS_FOR_RANK_0])):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, expected, said in (("0", [], ""), ("1", [utils.SECONDS_FOR_RANK_0], "rank 1: ")):
         monkeypatch.setenv("RANK", rank)
         code, lines = end_of(partial(raises, ConfigError("what is wrong")), capsys)
         assert code == 2 and waited == expected
-        assert lines == (["error: what is wrong"] if rank == "0" else [])
+        assert lines == [f"error: {said}what is wrong"]
 
 
 def test_a_dry_run_goes_without_a_volume_to_validate_with() -> None:

@@ -5,21 +5,28 @@ import json
 import math
 import os
 import resource
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from nifti_files import make_cases
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ldm3d import weights
+from ldm3d.cache import VolumeCache
 from ldm3d.cards import AUTOENCODER, UNET, AutoencoderCard, DiffusionCard, DiscriminatorCard
+from ldm3d.checkpoint import write_state
 from ldm3d.definitions import DiscriminatorDef
 from ldm3d.errors import OutputError, WeightsError
+from ldm3d.latents import build_latent_cache
+from ldm3d.nifti import write_volume
 from ldm3d.sections import DdpmSchedule
 from ldm3d.tutorial import read_tutorial_weights
 from ldm3d.weights import (
@@ -348,3 +355,22 @@ def test_a_latent_mean_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     save_weights(tmp_path / UNET, with_value(tensors, LATENT_MEAN, math.nan), card)
     with pytest.raises(WeightsError, match="first: latent_mean, 1 of 1536 values"):
         load_unet(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs permission bits")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_service_of_another_user_may_read_them_as_the_umask_says(umask: int, mode: int, tmp_path: Path) -> None:
+    """And so it is with all else that a training and a sampling leave."""
+    before = os.umask(umask)
+    try:
+        save_weights(tmp_path / AUTOENCODER, {"t": torch.zeros(2)}, tiny.autoencoder_card(CFG))
+        write_state(tmp_path / "autoencoder_last.pt", {"t": torch.zeros(2)})
+        write_volume(tmp_path / "volume.nii.gz", np.zeros((4, 4, 4)), (1, 1, 1), sidecar={})
+        VolumeCache(tmp_path / "cache", (1, 1, 1)).build(make_cases(tmp_path / "data", 1))
+        volumes = tiny.Volumes(tiny.images(1, side=8))
+        build_latent_cache(tmp_path / "cache", tiny.autoencoder(), "", volumes, [""], False, tiny.CPU).statistics(False)
+    finally:
+        os.umask(before)
+    written = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.suffix for path in written} == {".safetensors", ".pt", ".gz", ".json", ".volume", ".npy", ""}
+    assert {path.name for path in written if written[path] != mode} == set()

@@ -53,7 +53,8 @@ def linked(page: str, text: str) -> Iterator[str]:
     """Files of the repository that a page links to and that are no pages themselves."""
     for link in LINK.findall(FENCE.sub("", text)):
         path = Path(os.path.normpath(Path(page).parent / link)).as_posix()
-        if not link.endswith((".md", ".ipynb")) and not path.startswith("../") and (ROOT / path).is_file():
+        inside = not path.startswith(("../", "/"))
+        if inside and not link.endswith((".md", ".ipynb")) and (ROOT / path).is_file():
             yield path
 
 

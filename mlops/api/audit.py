@@ -7,6 +7,7 @@ Lines are only ever appended. They are handed to the operating system at once, s
 onto the disk, which would cost milliseconds each: a power cut may lose the last half minute or so.
 """
 
+import argparse
 import fcntl
 import json
 import os
@@ -215,7 +216,10 @@ def _show(folder: Path, caller: str | None, since: datetime | None) -> int:
 
 
 def _time(text: str) -> datetime:
-    time = datetime.fromisoformat(text)
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time such as 2026-01-31 or 2026-01-31T12:00:00Z") from error
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 

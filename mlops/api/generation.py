@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm3d.console import log
-from ldm3d.errors import OutputError, UserError
+from ldm3d.errors import OutputError, UserError, shortage
 from ldm3d.files import sha256
 from ldm3d.montage import montage
 from ldm3d.nifti import stem_of
@@ -159,19 +159,19 @@ class Generation:
         tasks = [task for task in self.tasks if task.in_batch]
         try:
             self._sample(batch, tasks)
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            if len(batch) > 1:
-                log(f"warning: no memory for {len(batch)} volumes at once; going on with half as many")
-                self.max_batch = len(batch) // 2
-            else:
-                self._fail(tasks[0], "the device has not memory enough for one volume", error)
         except Unwanted:
             self._drop_unwanted()
         except Stopped:
             raise
         except Exception as error:
-            if len(tasks) > 1:  # one job must not take others with it
+            if shortage(error) and len(batch) > 1:
+                torch.cuda.empty_cache()
+                log(f"warning: no memory for {len(batch)} volumes at once; going on with half as many")
+                self.max_batch = len(batch) // 2
+            elif shortage(error):
+                torch.cuda.empty_cache()
+                self._fail(tasks[0], "the device has not memory enough for one volume", error)
+            elif len(tasks) > 1:  # one job must not take others with it
                 for task in tasks:  # what of it was written before the error is there
                     missing = [(owner, volume) for owner, volume in batch if owner is task and volume in task.missing]
                     if missing:

@@ -8,7 +8,7 @@
     jobs/<id>/files/         all of them, renamed from `work`
     jobs/<id>/outcome.json   how it ended; made once, by whoever is first
     unfinished/<id>          empty; jobs without outcome, in their order
-    callers/<digest>/jobs/<id>, callers/<digest>/keys/<digest>
+    callers/                 what belongs to whom (`mlops.api.caller_folder`)
 
 So a process may be killed at any moment, and several web processes and workers may share the folder (hard links and
 locks are needed: a local file system or NFS).
@@ -18,39 +18,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from filelock import FileLock
-from filelock import Timeout as LockTimeout
-
 from ldm3d.errors import OutputError
 from ldm3d.files import write_text
-from mlops.api.records import (
-    Outcome,
-    Record,
-    create_once,
-    digest,
-    flush_folder,
-    read_json,
-    read_outcome,
-    read_record,
-)
+from mlops.api.caller_folder import FOLDER, CallerFolder, Refused
+from mlops.api.records import Outcome, Record, create_once, flush_folder, read_json, read_outcome, read_record
 from mlops.api.schemas import Job, Progress
 from mlops.api.settings import Settings
 from mlops.api.views import ended, under_way, waiting
 
 JOB_NAME = re.compile("[0-9a-hjkmnp-tv-z]{26}")
-
-
-class Refused(Exception):
-    """The job is not accepted; the caller may come again."""
-
-
-class KeyReused(Exception):
-    """The idempotency key belongs to another request."""
 
 
 class JobStore:
@@ -75,7 +56,7 @@ class JobStore:
         self.data_dir = data_dir
         self.jobs, self.unfinished = data_dir / "jobs", data_dir / "unfinished"
         try:
-            for folder in (self.jobs, self.unfinished, data_dir / "callers"):
+            for folder in (self.jobs, self.unfinished, data_dir / FOLDER):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{data_dir}: cannot be written: {error.strerror}") from error
@@ -103,14 +84,13 @@ class JobStore:
             OutputError: the disk is full or cannot be written to.
         """
         caller, request = self._caller(record.caller), request or record.request.model_dump_json()
-        with self.locked(caller / ".lock"):
+        with caller.locked():
             if key is not None and (before := self._used(caller, key, request)):
                 return before, False
             self._require_room(caller, record)
             if key is not None:
-                content = {"job": record.id, "request": digest(request)}
-                write_text(self._key_file(caller, key), json.dumps(content))
-            (caller / "jobs" / record.id).touch()
+                caller.keep_key(key, record.id, request)
+            caller.mark(record.id)
             self._keep(record)
         return record, True
 
@@ -129,19 +109,16 @@ class JobStore:
             self.delete(record.id)
             raise
 
-    def _used(self, caller: Path, key: str, request: str) -> Record | None:
-        content = read_json(self._key_file(caller, key))
-        before = self.record(content["job"]) if content else None
-        if before and content and content["request"] != digest(request):
-            raise KeyReused("this Idempotency-Key was used for another request; take a new key for a new request")
-        return before
+    def _used(self, caller: CallerFolder, key: str, request: str) -> Record | None:
+        before = caller.job_of_key(key, request, self.is_there)
+        return self.record(before) if before else None
 
-    def _require_room(self, caller: Path, record: Record) -> None:
+    def _require_room(self, caller: CallerFolder, record: Record) -> None:
         records = [record for record in map(self.record, self.unfinished_ids()) if record]
         unfinished = [record.id for record in records if not record.shadow_of]  # shadows cost nobody a place
         if len(unfinished) >= self.max_queue:
             raise Refused(f"{len(unfinished)} jobs wait or run, which is all that this service takes")
-        own = set(unfinished) & set(_names(caller / "jobs"))
+        own = set(unfinished) & set(caller.job_ids())
         if len(own) >= self.max_jobs_per_caller:
             raise Refused(f"you have {len(own)} jobs that wait or run, which is all that one caller may have")
         promised = sum(r.result_bytes for r in records) + record.result_bytes
@@ -178,22 +155,24 @@ class JobStore:
 
     def of_caller(self, caller_id: str, before: str | None) -> list[str]:
         """Names of a caller's jobs, newest first, older than `before`; some may be gone."""
-        names = _names(self._caller(caller_id) / "jobs")
+        names = self._caller(caller_id).job_ids()
         return sorted((name for name in names if before is None or name < before), reverse=True)
 
     def unfinished_ids(self) -> list[str]:
         """Jobs that wait or run, in their order."""
-        return sorted(_names(self.unfinished))
+        return sorted(entry.name for entry in os.scandir(self.unfinished))
 
     def waiting_ids(self) -> list[str]:
         """Jobs that wait, in their order."""
         return [name for name in self.unfinished_ids() if self._waits(name)]
 
+    def is_there(self, job_id: str) -> bool:
+        """Whether the job was accepted and not yet removed."""
+        return (self.folder(job_id) / "job.json").exists()
+
     def _waits(self, job_id: str) -> bool:
         folder = self.folder(job_id)
-        return (folder / "job.json").exists() and not any(
-            (folder / name).exists() for name in ("claim.json", "outcome.json")
-        )
+        return self.is_there(job_id) and not any((folder / name).exists() for name in ("claim.json", "outcome.json"))
 
     def file(self, job_id: str, name: str) -> Path:
         """Where a file of a finished job is; `name` must be one of its outcome's."""
@@ -226,16 +205,15 @@ class JobStore:
 
     def is_wanted(self, job_id: str) -> bool:
         """Whether a job that runs was neither deleted nor ended."""
-        folder = self.folder(job_id)
-        return (folder / "job.json").exists() and not (folder / "outcome.json").exists()
+        return self.is_there(job_id) and not (self.folder(job_id) / "outcome.json").exists()
 
     def finish(self, job_id: str, outcome: Outcome) -> bool:
         """End a job; False if it has ended before, or is gone. A job that is done has its files in `work`."""
         folder = self.folder(job_id)
         with suppress(FileNotFoundError):  # deleted meanwhile
-            if (folder / "job.json").exists():
+            if self.is_there(job_id):
                 return self._finish(job_id, folder, outcome)
-        if (folder / "job.json").exists():
+        if self.is_there(job_id):
             raise FileNotFoundError(folder / "work")
         shutil.rmtree(folder, ignore_errors=True)  # what a worker has written after it was deleted
         return False
@@ -267,7 +245,7 @@ class JobStore:
                 create_once(
                     folder / "outcome.json", Outcome(state="cancelled", finished=datetime.now(UTC)).model_dump_json()
                 )
-            (self._caller(record.caller) / "jobs" / job_id).unlink(missing_ok=True)
+            self._caller(record.caller).unmark(job_id)
         (self.unfinished / job_id).unlink(missing_ok=True)
         trash = self.jobs / f".trash-{job_id}"
         with suppress(FileNotFoundError):
@@ -279,26 +257,8 @@ class JobStore:
     def folder(self, job_id: str) -> Path:
         return self.jobs / job_id
 
-    def _caller(self, caller_id: str) -> Path:
-        """A caller's folder. Its name is a digest: what a caller is called never reaches a path."""
-        folder = self.data_dir / "callers" / digest(caller_id)
-        (folder / "jobs").mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def _key_file(self, caller: Path, key: str) -> Path:
-        return caller / "keys" / f"{digest(key)}.json"
-
-    @contextmanager
-    def locked(self, path: Path) -> Iterator[None]:
-        try:
-            with FileLock(path, timeout=10):
-                yield
-        except LockTimeout:
-            raise Refused("the service is busy; come again in a moment") from None
-
-
-def _names(folder: Path) -> list[str]:
-    return [entry.name for entry in os.scandir(folder)]
+    def _caller(self, caller_id: str) -> CallerFolder:
+        return CallerFolder(self.data_dir, caller_id)
 
 
 def open_store(settings: Settings) -> JobStore:

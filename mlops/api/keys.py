@@ -28,6 +28,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from ldm3d.errors import ConfigError, OutputError
 from ldm3d.files import write_text
 from mlops.api.callers import Role
+from mlops.api.records import flush_folder
 from mlops.api.settings import load_settings
 from mlops.commands import Parser, run_command
 
@@ -182,7 +183,7 @@ class KeyStore:
                 yield entries
                 text = KeyFile(keys=[*entries.values()]).model_dump_json(indent=2)
                 write_text(self.path, text + "\n", mode=PRIVATE)
-                _flush_folder(self.path.parent)
+                flush_folder(self.path.parent)  # a power cut must not bring a revoked key back
                 self._seen = True
         except Timeout as error:
             raise OutputError(f"{self.path}: another command has held it for {LOCK_SECONDS} s") from error
@@ -210,15 +211,6 @@ def _first_line(error: OSError | ValueError) -> str:
         first = error.errors()[0]
         return f"damaged: {'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}"
     return f"damaged: {error}"
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut: a revoked key must not come back."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check(name: str, role: str, days: int | None) -> None:

@@ -22,6 +22,24 @@ CLIENT = {
 """Set where the environment does not say otherwise."""
 
 
+def mlflow_client() -> tuple[str, Any]:
+    """The server's address, and MLflow, told to give up after seconds.
+
+    Raises:
+        ConfigError: MLflow is not installed, or MLFLOW_TRACKING_URI is not set.
+    """
+    uri = os.environ.get(URI)
+    if not uri:
+        raise ConfigError(f"{URI} is not set: it must name the MLflow server, as http://127.0.0.1:5000")
+    for name, value in CLIENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import mlflow
+    except ImportError as error:
+        raise ConfigError("MLflow is not installed: pip install mlflow") from error
+    return uri, mlflow
+
+
 def download(wanted: RegistryVersion, files: Sequence[str], folder: Path) -> Path:
     """Download the published weights of a registered version.
 
@@ -39,15 +57,7 @@ def download(wanted: RegistryVersion, files: Sequence[str], folder: Path) -> Pat
         WeightsError: the registry does not answer, does not know the version, or sends other files than were
             registered.
     """
-    uri = os.environ.get(URI)
-    if not uri:
-        raise ConfigError(f"{URI} is not set: it must name the MLflow server, as http://127.0.0.1:5000")
-    for name, value in CLIENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        import mlflow
-    except ImportError as error:
-        raise ConfigError("MLflow is not installed: pip install mlflow") from error
+    uri, mlflow = mlflow_client()
     try:
         version = _find(mlflow.MlflowClient(uri, uri), wanted)
         folder.mkdir()

@@ -11,9 +11,10 @@ from fastapi import Request
 
 from ldm3d.errors import ConfigError, OutputError
 from mlops.api import metrics, tracing
+from mlops.api.caller_folder import KeyReused, Refused
 from mlops.api.callers import Caller
 from mlops.api.catalogue import ActiveModel, ActiveSet, ActiveVersion, Catalogue
-from mlops.api.jobs import JobStore, KeyReused, Refused
+from mlops.api.jobs import JobStore
 from mlops.api.limits import RateLimit, Streams, too_many
 from mlops.api.problems import problem
 from mlops.api.queue import LATE, RELOAD, URGENT, Queue, QueueDown

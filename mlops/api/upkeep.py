@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from filelock import FileLock, Timeout
 
 from mlops.api import metrics
+from mlops.api.caller_folder import forget_gone_jobs
 from mlops.api.jobs import JobStore
 from mlops.api.records import Outcome, age_seconds, read_json
 
@@ -36,7 +37,7 @@ def recover(store: JobStore, is_alive: Callable[[str], bool]) -> list[str]:
 
 def _recover(store: JobStore, name: str, is_alive: Callable[[str], bool]) -> None:
     folder = store.folder(name)
-    if not (folder / "job.json").exists():
+    if not store.is_there(name):
         if age_seconds(store.unfinished / name) > SETTLED_SECONDS:
             (store.unfinished / name).unlink(missing_ok=True)
         return
@@ -75,7 +76,7 @@ def expire(store: JobStore) -> int:
             room += size
     for trash in store.jobs.glob(".trash-*"):
         shutil.rmtree(trash, ignore_errors=True)
-    _forget_callers_of_gone_jobs(store)
+    forget_gone_jobs(store.data_dir, store.is_there, SETTLED_SECONDS)
     return store.max_disk_bytes - room
 
 
@@ -85,7 +86,7 @@ def _mend(store: JobStore) -> None:
         name, folder = entry.name, store.folder(entry.name)
         if name.startswith(".") or (folder / "outcome.json").exists():
             continue
-        if (folder / "job.json").exists():
+        if store.is_there(name):
             (store.unfinished / name).touch()
         elif age_seconds(folder) > SETTLED_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
@@ -101,13 +102,3 @@ def _finished(store: JobStore) -> Iterator[tuple[str, Outcome]]:
         name = entry.name
         if not name.startswith(".") and (outcome := store.outcome(name)):
             yield name, outcome
-
-
-def _forget_callers_of_gone_jobs(store: JobStore) -> None:
-    """Idempotency keys live as long as their jobs; so do a caller's marks."""
-    for file in (store.data_dir / "callers").glob("*/*/*"):
-        is_key = file.parent.name == "keys"
-        content = read_json(file) if is_key else {"job": file.name}
-        gone = content is None or not (store.folder(content["job"]) / "job.json").exists()
-        if gone and age_seconds(file) > SETTLED_SECONDS:
-            file.unlink(missing_ok=True)

@@ -9,14 +9,14 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ldm3d.quick_start  # noqa: F401  before all that imports monai
 from ldm3d import __version__, distributed
 from ldm3d.allocator import keep_freed_memory
 from ldm3d.console import log
-from ldm3d.errors import ConfigError, UserError
+from ldm3d.errors import MEMORY_GUIDE, ConfigError, UserError, shortage
 from ldm3d.json_lines import use_json_lines
 from ldm3d.samplers import LARGEST_SEED, choose_sampler
 from ldm3d.sampling import Sampler
@@ -161,8 +161,8 @@ def _number(text: str, least: int, most: int, wanted: str) -> int:
     return int(text)
 
 
-def run(command: Any) -> None:
-    """Run `command`; a `UserError` becomes one line and exit status 2, a stop one line and 128 + signal."""
+def run(command: Callable[[], None]) -> None:
+    """Run `command`; a `UserError`, or a lack of memory, becomes one line and exit status 2, a stop 128 + signal."""
     keep_freed_memory()
     if "--log-json" in sys.argv:
         use_json_lines()
@@ -172,6 +172,11 @@ def run(command: Any) -> None:
         if "--traceback" in sys.argv:
             raise
         print(f"error: {error.one_line()}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except (RuntimeError, MemoryError) as error:
+        if "--traceback" in sys.argv or not (short := shortage(error)):
+            raise
+        print(f"error: out of memory: {short}; lower --batch-size, or see {MEMORY_GUIDE}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)

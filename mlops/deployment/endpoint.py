@@ -19,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 
 from ldm3d.errors import ConfigError, WeightsError
 from mlops.commands import Parser, run_command
-from mlops.pipelines.settings import ROOT, Strict, WorkspaceSettings, read_settings
+from mlops.pipelines.settings import WORKSPACES, Strict, read_settings, read_workspace
 from mlops.pipelines.workspace import azure_errors, connect
 
 CONFIG = Path(__file__).with_name("deployment_config.yml")
@@ -173,10 +173,7 @@ class Endpoint:
 
 def main() -> int:
     args = parse()
-    config, workspaces = read_config(), read_settings(args.workspaces, WorkspaceSettings).workspaces
-    if args.environment not in workspaces:
-        raise ConfigError(f"--environment {args.environment}: {args.workspaces} knows {', '.join(workspaces)}")
-    workspace = workspaces[args.environment]
+    config, workspace = read_config(), read_workspace(args.workspaces, args.environment)
     if args.action == "autoscale":
         print(json.dumps(autoscale_parameters(config, args.environment, workspace.workspace, args.color), indent=2))
         return 0
@@ -214,9 +211,7 @@ def parse() -> argparse.Namespace:
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text)
         action.add_argument("--environment", default="dev", help="which of the workspaces")
-        action.add_argument(
-            "--workspaces", type=Path, default=ROOT / "mlops/azure/workspace_config.yml", help="the list of workspaces"
-        )
+        action.add_argument("--workspaces", type=Path, default=WORKSPACES, help="the list of workspaces")
         if name != "show":
             action.add_argument("--color", choices=COLORS, required=True, help="of the deployment")
         if name == "deploy":

@@ -10,7 +10,6 @@ all that is needed to use them, and the program that does so. Shapes, sampler an
 
 import json
 import shutil
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -175,4 +174,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_command(main)

@@ -4,7 +4,6 @@ python -m mlops.deployment.release_notes 0.1.0
 """
 
 import re
-import sys
 from pathlib import Path
 
 from ldm3d.errors import UserError
@@ -36,4 +35,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_command(main)

@@ -33,7 +33,7 @@ import numpy as np
 
 from ldm3d import __version__
 from ldm3d.cases import CHANNELS
-from ldm3d.errors import DataError, UserError
+from ldm3d.errors import DataError, UserError, shortage
 from ldm3d.files import require_writable, write_text
 from ldm3d.reference_profile import FACTS, FEATURES, ReferenceProfile, read_profile
 from mlops import run_metrics
@@ -71,7 +71,9 @@ def main() -> int:
         raise
     except BrokenPipeError:  # `... | head`: what is left in the buffer must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:
+    except Exception as error:
+        if shortage(error):
+            raise
         traceback.print_exc()
     return EXIT_USER_ERROR
 

@@ -99,7 +99,7 @@ def verify(folders: Sequence[Path]) -> dict[str, Lineage]:
         for parent in lineage.parents:
             other = here.get(parent.name)
             if other and (other.version, other.digest) != (parent.version, parent.digest):
-                raise DataError(f"{folder}: was made of {parent}, and here is {Record.__str__(other)}")
+                raise DataError(f"{folder}: was made of {parent}, and here is {other}")
     return {lineage.kind: lineage for lineage in found.values()}
 
 

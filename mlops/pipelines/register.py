@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm3d.cards import AUTOENCODER, UNET
-from ldm3d.errors import ConfigError, DataError, WeightsError
+from ldm3d.errors import DataError, WeightsError
 from ldm3d.files import sha256, write_text
-from mlops.api.registry import CLIENT, SUFFIX, URI
+from mlops.api.registry import SUFFIX, mlflow_client
 from mlops.commands import Parser, run_command
 from mlops.pipelines.gate import decide
-from mlops.pipelines.lineage import Lineage, Record, read_lineage, verify
+from mlops.pipelines.lineage import Lineage, read_lineage, verify
 from mlops.pipelines.metrics_file import Metrics, read_metrics
 from mlops.pipelines.workspace import connect_from_job, tag_assets
 
@@ -45,16 +45,9 @@ class Registry:
     """
 
     def __init__(self, name: str):
-        self.uri, self.name, self.model = os.environ.get(URI, ""), name, name + SUFFIX
-        if not self.uri:
-            raise ConfigError(f"{URI} is not set: it must name the registry, as http://127.0.0.1:5000")
-        for variable, value in CLIENT.items():
-            os.environ.setdefault(variable, value)
-        try:
-            import mlflow
-        except ImportError as error:
-            raise ConfigError("MLflow is not installed: pip install mlflow") from error
-        self._mlflow, self.client = mlflow, mlflow.MlflowClient(self.uri, self.uri)
+        self.name, self.model = name, name + SUFFIX
+        self.uri, self._mlflow = mlflow_client()
+        self.client = self._mlflow.MlflowClient(self.uri, self.uri)
 
     def champion(self) -> Any:
         """The version that has the alias, or None. Raises what MLflow raises where it does not answer."""
@@ -147,9 +140,7 @@ def _require_measured(lineages: dict[str, Lineage], args: argparse.Namespace) ->
     if metrics is None or read_lineage(args.metrics) != metrics:
         raise DataError(f"{args.metrics}: holds no metrics of a pipeline, or not the only ones")
     if model.digest not in {parent.digest for parent in metrics.parents}:
-        raise DataError(
-            f"{args.metrics}: its lineage does not name {Record.__str__(model)}: another model was evaluated"
-        )
+        raise DataError(f"{args.metrics}: its lineage does not name {model}: another model was evaluated")
 
 
 def main() -> int:

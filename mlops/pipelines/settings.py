@@ -76,6 +76,7 @@ class WorkspaceSettings(Strict):
 
 
 Settings = TypeVar("Settings", bound=Strict)
+WORKSPACES = ROOT / "mlops/azure/workspace_config.yml"
 
 
 def read_settings(path: Path, kind: type[Settings]) -> Settings:
@@ -89,3 +90,11 @@ def read_settings(path: Path, kind: type[Settings]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def read_workspace(path: Path, environment: str) -> Workspace:
+    """One of the workspaces of a workspace_config.yml. Raises `ConfigError`: as above, or it has none of this name."""
+    workspaces = read_settings(path, WorkspaceSettings).workspaces
+    if environment not in workspaces:
+        raise ConfigError(f"--environment {environment}: {path} knows {', '.join(workspaces)}")
+    return workspaces[environment]

@@ -14,7 +14,7 @@ from typing import Any
 
 from ldm3d.errors import ConfigError
 from mlops.commands import Parser, run_command
-from mlops.pipelines.settings import ROOT, PipelineSettings, WorkspaceSettings, read_settings
+from mlops.pipelines.settings import ROOT, WORKSPACES, PipelineSettings, read_settings, read_workspace
 from mlops.pipelines.workspace import NOT_INSTALLED, azure_errors, connect
 
 COMPONENTS = Path(__file__).parent / "components"
@@ -108,10 +108,7 @@ def main() -> int:
     if args.action == "show":
         print(json.dumps(job._to_dict(), indent=2))
         return 0
-    workspaces = read_settings(args.workspaces, WorkspaceSettings).workspaces
-    if args.environment not in workspaces:
-        raise ConfigError(f"--environment {args.environment}: {args.workspaces} knows {', '.join(workspaces)}")
-    client = connect(workspaces[args.environment])
+    client = connect(read_workspace(args.workspaces, args.environment))
     with azure_errors("the job was not started"):
         made = client.jobs.create_or_update(job)
     print(f"{made.name}\n{made.studio_url}")
@@ -124,9 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--config", type=Path, default=Path(__file__).with_name("pipeline_config.yml"), help="of the pipeline"
     )
-    parser.add_argument(
-        "--workspaces", type=Path, default=ROOT / "mlops/azure/workspace_config.yml", help="the list of workspaces"
-    )
+    parser.add_argument("--workspaces", type=Path, default=WORKSPACES, help="the list of workspaces")
     parser.add_argument("--environment", default="dev", help="which of the workspaces")
     parser.add_argument("--version", help="of the assets that it makes (default: the time)")
     return parser.parse_args()

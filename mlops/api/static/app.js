@@ -23,7 +23,7 @@ async function enter() {
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     if (error.status === 401) return leave(key.get() ? explain(error) : "");
-    setText(byId("entry-error"), `${explain(error)} Trying again.`);
+    setText(byId("entry-error"), `${explain(error).replace(/\.?$/, ".")} Trying again.`);
     await pause(error.retryAfter ?? RETRY_SECONDS);
     return enter();
   }
