@@ -179,7 +179,11 @@ def start_of(folder: Path, count: int) -> dict[str, Any]:
         case.mkdir(parents=True)
         (case / f"{case.name}_flair.nii.gz").write_text(str(i))
     cfg, cases = settings("demo"), find_cases(folder, settings("demo").data, 0)
-    with patch("ldm3d.cache.load_prepared", lambda case, spacing: np.ones((1, 1, 1))), patch("ldm3d.files._flush"):
+    with (
+        patch("ldm3d.cache.load_prepared", lambda case, spacing: np.ones((1, 1, 1))),
+        patch("ldm3d.cache.says_orientation", lambda path: True),
+        patch("ldm3d.files._flush"),
+    ):
         VolumeCache(folder / "cache", cfg.spacing).build(cases)
     gib = peak_resident(started, folder)
     return {"volumes": count, "s": float((folder / "seconds").read_text()), "MiB": 1024 * gib}
