@@ -45,6 +45,20 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
     assert [name for name in scripts if not (ROOT / SITE["docs_dir"] / name).is_file()] == []
 
 
+def formulas(text: str) -> list[str]:
+    """What is written for MathJax, which the site has not: it would have to be loaded from elsewhere."""
+    return re.findall(r"\$[^$`\n]+\$", re.sub(r"`[^`\n]*`", "", FENCE.sub("", text)))
+
+
+@each_document
+def test_formulas_are_plain_text(document: Path) -> None:
+    assert formulas(read(document)) == []
+
+
+def test_a_formula_that_the_site_would_show_as_it_is_typed_is_seen() -> None:
+    assert formulas("noise $z_s$ costs `$HOME` and\n```bash\necho $a $b\n```\n") == ["$z_s$"]
+
+
 def problems_of_lists(text: str) -> list[str]:
     """Items that code hosts take for a list and Python-Markdown, which makes the site, for something else."""
     lines = FENCE.sub("", text).splitlines()
